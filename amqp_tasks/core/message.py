@@ -1,0 +1,245 @@
+"""What travels through the broker: one call of a task, and what is known about it.
+
+The body is a JSON object. ``func``, ``args``, ``kwargs`` and ``task_id`` are the call;
+every other member is kept as it came (guillotina's workers find ``db_id``,
+``container_id`` and ``req_data`` there). The body never changes while a message goes
+from queue to queue. What changes, or concerns the framework alone, is in headers:
+
+========================  =======================================================
+``task-attempt``          number of the attempt that this message is for, from 1
+``task-due``              not to be started before; seconds since the epoch
+``task-deadline``         not to be started after; seconds since the epoch
+``task-timeout``          seconds that one attempt may take, where the caller said
+``task-parent``           id of the task that waits for this one
+========================  =======================================================
+
+Any other header with a text value (trace context, for one) is passed on from attempt
+to attempt. Headers that begin with ``x-`` belong to the broker and are not: RabbitMQ
+reads ``x-death`` of a republished message as a dead-letter cycle and drops it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from ..exceptions import ArgumentsError, DecodeError
+from .outcome import Failure
+
+__all__ = ["MAX_TASK_ID_LENGTH", "Message", "check_task_id", "decode", "error_headers"]
+
+MAX_TASK_ID_LENGTH: Final = 400
+"""Characters. Ids are part of Redis keys and of channel names; this is plenty."""
+
+MAX_HEADER_TEXT: Final = 8_000
+"""Characters kept of each text in an error header: all headers of a message must fit
+into one AMQP frame (131,072 bytes by RabbitMQ's default). The state keeps the whole."""
+
+ATTEMPT: Final = "task-attempt"
+DUE: Final = "task-due"
+DEADLINE: Final = "task-deadline"
+TIMEOUT: Final = "task-timeout"
+PARENT: Final = "task-parent"
+
+_OUR_PREFIXES: Final = ("task-", "error-", "x-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One call of a task on its way to an attempt."""
+
+    task_id: str
+    func: str
+    """The name under which the task is registered."""
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Members of the body beside the four above."""
+    attempt: int = 1
+    due: float | None = None
+    deadline: float | None = None
+    timeout: float | None = None
+    parent: str | None = None
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """Headers of others."""
+    body: bytes = b""
+    """The encoded body; filled in by `compose` and `decode`."""
+
+    @classmethod
+    def compose(
+        cls,
+        *,
+        task_id: str,
+        func: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        **headers: Any,
+    ) -> Message:
+        """Make a new message out of values that JSON has.
+
+        Raises:
+            ArgumentsError: something in it cannot be written as JSON.
+        """
+        kwargs, extra = kwargs or {}, extra or {}
+        content = {**extra, "func": func, "args": args, "kwargs": kwargs, "task_id": task_id}
+        try:
+            body = to_json(content, inf_nan_mode="constants")
+        except (PydanticSerializationError, ValueError) as error:
+            raise ArgumentsError(f"task {func!r}: cannot be written as JSON: {error}") from error
+        return cls(
+            task_id=task_id,
+            func=func,
+            args=args,
+            kwargs=kwargs,
+            extra=extra,
+            body=body,
+            **headers,
+        )
+
+    def headers(self) -> dict[str, Any]:
+        """Return the headers to publish this message with."""
+        ours = {
+            ATTEMPT: self.attempt,
+            DUE: self.due,
+            DEADLINE: self.deadline,
+            TIMEOUT: self.timeout,
+            PARENT: self.parent,
+        }
+        return {**self.foreign, **{key: value for key, value in ours.items() if value is not None}}
+
+    def for_attempt(self, attempt: int, *, due: float | None) -> Message:
+        """Return the same call, for another attempt that is due at `due`."""
+        return replace(self, attempt=attempt, due=due)
+
+
+def decode(body: bytes, headers: Mapping[str, Any] | None = None) -> Message:
+    """Read a message that came from the broker.
+
+    Raises:
+        DecodeError: the body or one of our headers is not what a producer writes. Says
+            which part, and what would be right. Nothing else is raised, whatever the
+            bytes.
+    """
+    content = _body_object(body)
+    task_id = content.pop("task_id", None)
+    problem = task_id_problem(task_id)
+    if problem is not None:
+        raise DecodeError(f"task_id={_short(task_id)}: {problem}")
+    try:
+        return Message(
+            task_id=task_id,
+            func=_take(content, "func", str, "the name of a task, a text that is not empty"),
+            args=_take(content, "args", list, "a list", default=[]),
+            kwargs=_take(content, "kwargs", dict, "an object", default={}),
+            extra=content,
+            body=body,
+            **_read_headers(headers or {}),
+        )
+    except DecodeError as error:
+        error.task_id = task_id
+        raise
+
+
+def task_id_problem(task_id: object) -> str | None:
+    """Say what is wrong with a task id; None if nothing is."""
+    if not isinstance(task_id, str) or not task_id:
+        return "must be a text that is not empty"
+    if len(task_id) > MAX_TASK_ID_LENGTH:
+        return f"has {len(task_id)} characters; at most {MAX_TASK_ID_LENGTH} are possible"
+    if not task_id.isprintable():
+        return "must not contain line breaks or other control characters"
+    return None
+
+
+def check_task_id(task_id: object) -> str:
+    """Return `task_id` if it can be one.
+
+    Raises:
+        ArgumentsError: it cannot, and why.
+    """
+    problem = task_id_problem(task_id)
+    if problem is not None:
+        raise ArgumentsError(f"task_id={_short(task_id)}: {problem}")
+    assert isinstance(task_id, str)
+    return task_id
+
+
+def error_headers(failure: Failure, *, attempt: int, worker: str, at: float) -> dict[str, Any]:
+    """Return the headers that tell, in the error queue, why a message is there."""
+    return {
+        "error-reason": failure.reason or "exception",
+        "error-type": failure.type[:MAX_HEADER_TEXT],
+        "error-message": failure.message[:MAX_HEADER_TEXT],
+        # The end of a traceback names the place; the beginning is the framework's.
+        "error-traceback": failure.traceback[-MAX_HEADER_TEXT:],
+        "error-attempt": attempt,
+        "error-worker": worker,
+        "error-at": at,
+    }
+
+
+def _body_object(body: bytes) -> dict[str, Any]:
+    try:
+        content = from_json(body)
+    except ValueError as error:
+        raise DecodeError(f"the body is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DecodeError(f"the body is a JSON {type(content).__name__}; must be an object")
+    return content
+
+
+def _take(
+    content: dict[str, Any], key: str, kind: type[Any], what: str, *, default: Any = None
+) -> Any:
+    value = content.pop(key, default)
+    if not isinstance(value, kind) or value == "":
+        raise DecodeError(f"{key}={_short(value)}: must be {what}")
+    return value
+
+
+def _read_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "attempt": _attempt(headers.get(ATTEMPT, 1)),
+        "due": _seconds(headers, DUE),
+        "deadline": _seconds(headers, DEADLINE),
+        "timeout": _seconds(headers, TIMEOUT),
+        "parent": _parent(headers.get(PARENT)),
+        "foreign": {
+            key: value
+            for key, value in headers.items()
+            if isinstance(value, str) and not key.startswith(_OUR_PREFIXES)
+        },
+    }
+
+
+def _attempt(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise DecodeError(f"header {ATTEMPT}={_short(value)}: must be a whole number from 1")
+    return value
+
+
+def _seconds(headers: Mapping[str, Any], key: str) -> float | None:
+    value = headers.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DecodeError(f"header {key}={_short(value)}: must be a number of seconds")
+    return float(value)
+
+
+def _parent(value: object) -> str | None:
+    problem = None if value is None else task_id_problem(value)
+    if problem is not None:
+        raise DecodeError(f"header {PARENT}={_short(value)}: {problem}")
+    assert value is None or isinstance(value, str)
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,228 @@
+"""What follows from the outcome of an attempt: an ordered list of effects.
+
+`settle` is the whole rule. It decides and does nothing; the worker carries the effects
+out one after the other, and the broker's verdict on the delivery is always the last. A
+crash between any two of them is survivable: the message is redelivered and meets the
+state, and the claim (`operations`) tells from there what is left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from pydantic_core import to_json
+
+from .lifecycle import Event
+from .message import Message, error_headers
+from .operations import Discharge, Settle
+from .outcome import Canceled, Failed, Failure, GivenBack, LeaseLost, Outcome, Succeeded
+from .record import Owed
+from .retry import RetryPolicy
+from .topology import QueueSpec, Topology
+
+__all__ = [
+    "Effect",
+    "Lease",
+    "MarkPublished",
+    "Publication",
+    "Publish",
+    "Rules",
+    "Verdict",
+    "WriteState",
+    "dead_letter",
+    "park",
+    "publish_retry",
+    "settle",
+    "unreadable",
+    "wait_for",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """A message and the queue that it goes to."""
+
+    queue: QueueSpec
+    body: bytes
+    headers: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteState:
+    """Write the state. If somebody else holds the lease by now, nothing more follows
+    but dropping the delivery."""
+
+    operation: Settle
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Publish and wait until the broker has confirmed."""
+
+    publication: Publication
+
+
+@dataclass(frozen=True, slots=True)
+class MarkPublished:
+    """Tell the state that what it owed is in the queue."""
+
+    operation: Discharge
+
+
+class Verdict(StrEnum):
+    """What the broker is told about the delivery."""
+
+    ACK = "ack"
+    REQUEUE = "requeue"
+
+
+Effect: TypeAlias = WriteState | Publish | MarkPublished | Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right to settle an attempt, as the claim granted it."""
+
+    id: str
+    fence: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What an app says about the settlement of one of its tasks."""
+
+    topology: Topology
+    retry: RetryPolicy
+    state_ttl: float
+
+
+def settle(
+    outcome: Outcome,
+    message: Message,
+    lease: Lease,
+    rules: Rules,
+    *,
+    now: float,
+    spread: float,
+) -> tuple[Effect, ...]:
+    """Return what to do about an attempt that ended with `outcome`, in this order.
+
+    Args:
+        now: seconds since the epoch.
+        spread: a random number between -1 and 1, for the jitter of the retry delay.
+    """
+    write = _writer(message, lease, rules, now)
+    match outcome:
+        case Succeeded(result):
+            return (write(Event.SUCCEED, result=result), Verdict.ACK)
+        case Failed(failure, may_retry):
+            error = _error_text(failure, message, lease)
+            if may_retry and rules.retry.allows(message.attempt):
+                due = now + rules.retry.delay_after(message.attempt, spread)
+                again = message.attempt + 1
+                state = write(Event.RETRY, attempt=again, error=error, due=due, owed=Owed.RETRY)
+                return (state, *publish_retry(message, again, due, rules, now=now))
+            reason = failure.reason
+            state = write(Event.FAIL, error=error, reason=reason, owed=Owed.ERROR)
+            return (state, *dead_letter(message, failure, lease.worker, rules, now=now))
+        case Canceled(reason):
+            return (write(Event.CANCEL, reason=reason), Verdict.ACK)
+        case GivenBack():
+            return (write(Event.RELEASE), Verdict.REQUEUE)
+        case LeaseLost():
+            return (Verdict.ACK,)
+
+
+def publish_retry(
+    message: Message, attempt: int, due: float | None, rules: Rules, *, now: float
+) -> tuple[Effect, ...]:
+    """Return the effects that bring the next attempt on its way, then drop the message."""
+    again = message.for_attempt(attempt, due=due)
+    return (
+        Publish(wait_for(again, rules.topology, now=now)),
+        MarkPublished(
+            Discharge(
+                task_id=message.task_id, owed=Owed.RETRY, attempt=attempt, ttl=None, now=now
+            )
+        ),
+        Verdict.ACK,
+    )
+
+
+def dead_letter(
+    message: Message, failure: Failure, worker: str, rules: Rules, *, now: float
+) -> tuple[Effect, ...]:
+    """Return the effects that bring a message to the error queue, then drop it."""
+    why = error_headers(failure, attempt=message.attempt, worker=worker, at=now)
+    publication = Publication(
+        queue=rules.topology.error, body=message.body, headers={**message.headers(), **why}
+    )
+    discharge = Discharge(
+        task_id=message.task_id,
+        owed=Owed.ERROR,
+        attempt=message.attempt,
+        ttl=rules.state_ttl,
+        now=now,
+    )
+    return (Publish(publication), MarkPublished(discharge), Verdict.ACK)
+
+
+def unreadable(
+    body: bytes,
+    headers: Mapping[str, Any],
+    failure: Failure,
+    worker: str,
+    topology: Topology,
+    *,
+    now: float,
+) -> tuple[Effect, ...]:
+    """Return the effects for what came from the queue and is no message of ours."""
+    why = error_headers(failure, attempt=1, worker=worker, at=now)
+    kept = {key: value for key, value in headers.items() if not key.startswith("x-")}
+    return (
+        Publish(Publication(queue=topology.error, body=body, headers={**kept, **why})),
+        Verdict.ACK,
+    )
+
+
+def wait_for(message: Message, topology: Topology, *, now: float) -> Publication:
+    """Return the publication that makes `message` come back when it is due, or earlier."""
+    wait_ms = max(0.0, (message.due or now) - now) * 1000
+    queue = topology.waiting_room(wait_ms) if wait_ms > 0 else topology.main
+    return Publication(queue=queue, body=message.body, headers=message.headers())
+
+
+def park(message: Message, topology: Topology, *, step_ms: int) -> Publication:
+    """Return the publication that brings `message` back, unchanged, after `step_ms`."""
+    return Publication(
+        queue=topology.step(step_ms), body=message.body, headers=message.headers()
+    )
+
+
+def _writer(
+    message: Message, lease: Lease, rules: Rules, now: float
+) -> Callable[..., WriteState]:
+    blank = Settle(
+        task_id=message.task_id,
+        name=message.func,
+        lease=lease.id,
+        fence=lease.fence,
+        event=Event.SUCCEED,
+        attempt=message.attempt,
+        now=now,
+        ttl=rules.state_ttl,
+    )
+
+    def write(event: Event, **fields: Any) -> WriteState:
+        return WriteState(replace(blank, event=event, **fields))
+
+    return write
+
+
+def _error_text(failure: Failure, message: Message, lease: Lease) -> str:
+    known = {**failure.as_dict(), "attempt": message.attempt, "worker": lease.worker}
+    return to_json(known).decode()
