@@ -74,11 +74,13 @@ class Settings(BaseSettings):
     # Where
     broker_url: Annotated[str, _url("amqp", "amqps", "memory")] = Field(
         "amqp://guest:guest@127.0.0.1:5672/",
+        repr=False,  # may hold a password
         description="RabbitMQ: `amqp://user:password@host:port/vhost`, `amqps://` for TLS, "
         "or `memory://` for one process.",
     )
     state_url: Annotated[str, _url("redis", "rediss", "unix", "memory")] = Field(
         "redis://127.0.0.1:6379/0",
+        repr=False,
         description="Redis: `redis://user:password@host:port/db`, `rediss://` for TLS, "
         "`unix:///path`, or `memory://` for one process.",
     )

@@ -282,19 +282,10 @@ class Leave(Operation[None]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read(Operation["TaskRecord | None"]):
+class Read(Operation[TaskRecord | None]):
     """Read a task's state."""
 
     task_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadEvents(Operation["Sequence[LogEntry]"]):
-    """Read a task's log after `after` (a position; None from the beginning)."""
-
-    task_id: str
-    after: str | None = None
-    limit: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +298,16 @@ class LogEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListTasks(Operation["Sequence[str]"]):
+class ReadEvents(Operation[Sequence[LogEntry]]):
+    """Read a task's log after `after` (a position; None from the beginning)."""
+
+    task_id: str
+    after: str | None = None
+    limit: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListTasks(Operation[Sequence[str]]):
     """List ids in their order: those that begin with `prefix`, after `after`."""
 
     prefix: str = ""

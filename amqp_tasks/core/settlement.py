@@ -145,9 +145,7 @@ def publish_retry(
     return (
         Publish(wait_for(again, rules.topology, now=now)),
         MarkPublished(
-            Discharge(
-                task_id=message.task_id, owed=Owed.RETRY, attempt=attempt, ttl=None, now=now
-            )
+            Discharge(task_id=message.task_id, owed=Owed.RETRY, attempt=attempt, ttl=None, now=now)
         ),
         Verdict.ACK,
     )
@@ -198,14 +196,10 @@ def wait_for(message: Message, topology: Topology, *, now: float) -> Publication
 
 def park(message: Message, topology: Topology, *, step_ms: int) -> Publication:
     """Return the publication that brings `message` back, unchanged, after `step_ms`."""
-    return Publication(
-        queue=topology.step(step_ms), body=message.body, headers=message.headers()
-    )
+    return Publication(queue=topology.step(step_ms), body=message.body, headers=message.headers())
 
 
-def _writer(
-    message: Message, lease: Lease, rules: Rules, now: float
-) -> Callable[..., WriteState]:
+def _writer(message: Message, lease: Lease, rules: Rules, now: float) -> Callable[..., WriteState]:
     blank = Settle(
         task_id=message.task_id,
         name=message.func,

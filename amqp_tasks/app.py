@@ -1,0 +1,348 @@
+"""The app: where settings, tasks, runtime and drivers come together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import cached_property
+from inspect import signature
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
+
+import anyio
+import anyio.lowlevel
+from pydantic_core import from_json
+
+from .abc import Broker, StateStore
+from .client import CallOptions, Client, Task, TaskHandle, TaskState, open_client
+from .client.state import state_from
+from .core.lifecycle import TaskStatus
+from .core.message import check_task_id
+from .core.retry import RetryPolicy
+from .core.topology import Topology
+from .drivers.memory import MemoryBroker, MemoryStore
+from .drivers.rabbitmq import RabbitBroker
+from .drivers.redis import RedisStore
+from .exceptions import ArgumentsError, NotConnected
+from .registry import TaskDefinition, TaskRegistry
+from .runtime.io_loop import IoLoop, SameLoop, open_io_thread
+from .runtime.worker import Worker, open_worker
+from .settings import Settings, load_settings
+
+__all__ = ["TaskApp"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class TaskDecorator(Protocol):
+    """Makes a task of a function."""
+
+    @overload
+    def __call__(self, func: Callable[P, AsyncIterator[Any]], /) -> Task[P, list[Any]]: ...
+    @overload
+    def __call__(self, func: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, func: Callable[P, R], /) -> Task[P, R]: ...
+
+
+class TaskApp:
+    """A set of tasks, the queue they wait in and the store of their states.
+
+    Args:
+        clock: returns seconds since the epoch; for tests under a virtual clock.
+        settings: any field of `Settings`. The environment (``AMQP_TASKS_<NAME>``) wins
+            over what is given here.
+
+    Raises:
+        SettingsError: a setting is wrong; names it.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.time, **settings: Any) -> None:
+        self.tasks = TaskRegistry()
+        self._clock = clock
+        self._keywords = settings
+        self._flags: dict[str, Any] = {}
+        self._clients: list[tuple[object, Client]] = []
+        if settings:
+            # Mistakes show where they are made. Without any, reading can wait: the default
+            # app exists before anybody has had a chance to set the environment.
+            self._read_settings()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force. They are read when they are needed first."""
+        return self._settings
+
+    def configure(self, **flags: Any) -> None:
+        """Override settings, above the environment. Not while connected.
+
+        Raises:
+            SettingsError: a setting is wrong; names it.
+        """
+        self._flags.update(flags)
+        self.__dict__.pop("_settings", None)
+        self._read_settings()
+
+    # ----------------------------------------------------------------- defining
+
+    @overload
+    def task(self, func: Callable[P, AsyncIterator[Any]], /) -> Task[P, list[Any]]: ...
+    @overload
+    def task(self, func: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def task(self, func: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPolicy | None = None,
+        timeout: float | None = None,
+    ) -> TaskDecorator: ...
+
+    def task(
+        self,
+        func: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        retry: RetryPolicy | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Make a task of a function of a module: ``@app.task`` or ``@app.task(...)``.
+
+        The function may be a coroutine function; an async generator, which yields pairs
+        of a `MessageType` and a value; or synchronous, and then runs in a thread.
+
+        Args:
+            name: the name that messages call it by; by default the dotted name by which
+                a worker can import it.
+            retry: what happens when it fails; by default `max_task_retries` retries
+                through the delay queue.
+            timeout: seconds that one attempt may take.
+
+        Raises:
+            DefinitionError: the function cannot be a task, and why.
+            DuplicateTask: another task has that name.
+        """
+
+        def define(func: Callable[..., Any]) -> Task[Any, Any]:
+            task: Task[Any, Any] = Task(func, self, name=name, retry=retry, timeout=timeout)
+            self.tasks.add(task)
+            return task
+
+        return define if func is None else define(func)
+
+    # ---------------------------------------------------------------- producing
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[TaskApp]:
+        """Connect to the broker and the state store for as long as the block.
+
+        Within it tasks can be called and handles be used, anywhere on this event loop.
+
+        Raises:
+            BrokerError, StateStoreError: a server cannot be used, and why.
+        """
+        async with (
+            self._io_loop("amqp_tasks client") as io,
+            open_client(
+                io,
+                self._broker("amqp_tasks producer"),
+                self._store(),
+                self._topology,
+                self.settings,
+                clock=self._clock,
+            ) as client,
+        ):
+            with self._using(client):
+                yield self
+
+    async def add_task(
+        self,
+        task: Callable[..., Any],
+        /,
+        *args: Any,
+        task_id: str | None = None,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> TaskHandle[Any]:
+        """Queue a call of a task, or of a function that workers serve.
+
+        Args:
+            task: a task, or a function of a module in the workers' setting `serve`.
+            task_id: None for a new random one. If the id is known, no second task is made
+                and the handle is that of the first.
+            timeout: seconds that one attempt may take.
+
+        Raises:
+            ArgumentsError, NotConnected, PublishFailed, StateStoreError: see `Task`.
+            DefinitionError: the function cannot be found by a worker.
+        """
+        definition = task if isinstance(task, TaskDefinition) else TaskDefinition(task)
+        for option in ("task_id", "timeout"):
+            if option in signature(definition.func).parameters:
+                raise ArgumentsError(
+                    f"task {definition.name!r} has a parameter called {option}, as add_task has; "
+                    f"say which one is meant: task.options({option}=...)(...)"
+                )
+        options = CallOptions(task_id=task_id, timeout=timeout)
+        return await self.schedule(definition, options, args, kwargs)
+
+    async def schedule(
+        self,
+        task: TaskDefinition,
+        options: CallOptions,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> TaskHandle[Any]:
+        """Queue a call; what `Task` and `add_task` come down to."""
+        message = options.message(task, args, kwargs)
+        await self._client().enqueue(message)
+        return TaskHandle(message.task_id, self._client, task.signature.decode_result)
+
+    def handle(self, task_id: str) -> TaskHandle[Any]:
+        """Return a handle for a known id; asks no server.
+
+        Raises:
+            ArgumentsError: that can be no task's id.
+        """
+        return TaskHandle(check_task_id(task_id), self._client, _as_it_is)
+
+    async def list_tasks(
+        self,
+        *,
+        prefix: str = "",
+        status: TaskStatus | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> Sequence[TaskState]:
+        """Return the states of all tasks, of all workers, in the order of their ids.
+
+        Args:
+            prefix: only ids that begin with it.
+            status: only tasks in that status.
+            after: only ids behind this one; the last of one page gives the next.
+            limit: how many at most.
+        """
+        records = await self._client().list(prefix, status, after, limit)
+        return [state_from(record, (), _as_it_is) for record in records]
+
+    # ------------------------------------------------------------------ working
+
+    @asynccontextmanager
+    async def worker(self) -> AsyncIterator[Worker]:
+        """Run a worker for as long as the block; leaving it drains the worker.
+
+        Tasks that still run after `shutdown_grace` seconds are cancelled and given back to
+        the queue. When the block is cancelled, or ends with an error, there is no grace.
+
+        Raises:
+            BrokerError, StateStoreError: a server cannot be used, or was lost for longer
+                than `reconnect_timeout`.
+        """
+        self.tasks.served = self.settings.serve
+        async with (
+            self._io_loop("amqp_tasks worker") as io,
+            open_worker(
+                io,
+                self._broker("amqp_tasks worker"),
+                self._store(),
+                self.tasks,
+                self._topology,
+                self.settings,
+                clock=self._clock,
+            ) as worker,
+        ):
+            with self._using(Client(io, worker.producer)):
+                yield worker
+
+    async def run_worker(self) -> None:
+        """Run a worker until cancelled.
+
+        Raises:
+            BrokerError, StateStoreError: see `worker`.
+        """
+        async with self.worker():
+            await anyio.sleep_forever()
+
+    # ------------------------------------------------------------------ composing
+
+    @cached_property
+    def _settings(self) -> Settings:
+        return load_settings(self._keywords, self._flags)
+
+    def _read_settings(self) -> None:
+        self._settings  # noqa: B018  a cached property reads them
+
+    @cached_property
+    def _memory(self) -> tuple[MemoryBroker, MemoryStore]:
+        """What is in memory belongs to the app: its worker and its producers share it."""
+        return MemoryBroker(self._clock), MemoryStore(self._clock)
+
+    @property
+    def _topology(self) -> Topology:
+        settings = self.settings
+        return Topology(
+            exchange=settings.exchange,
+            queue=settings.queue,
+            queue_type=settings.queue_type,
+            delayed_ttl_ms=settings.delayed_ttl_ms,
+            errored_ttl_ms=settings.errored_ttl_ms,
+        )
+
+    def _broker(self, name: str) -> Broker:
+        settings = self.settings
+        if settings.in_memory:
+            return self._memory[0]
+        return RabbitBroker(
+            settings.broker_url,
+            heartbeat=settings.heartbeat,
+            connect_timeout=settings.connect_timeout,
+            name=name,
+        )
+
+    def _store(self) -> StateStore:
+        settings = self.settings
+        if settings.in_memory:
+            return self._memory[1]
+        return RedisStore(
+            settings.state_url,
+            prefix=settings.state_prefix,
+            timeout=settings.state_timeout,
+            connect_timeout=settings.connect_timeout,
+        )
+
+    @asynccontextmanager
+    async def _io_loop(self, name: str) -> AsyncIterator[IoLoop]:
+        if self.settings.in_memory:
+            yield SameLoop()
+            return
+        async with open_io_thread(name) as io:
+            yield io
+
+    @contextmanager
+    def _using(self, client: Client) -> Iterator[None]:
+        entry = (anyio.lowlevel.current_token(), client)
+        self._clients.append(entry)
+        try:
+            yield
+        finally:
+            self._clients.remove(entry)
+
+    def _client(self) -> Client:
+        """Return the client that was opened last on the event loop of the caller."""
+        token = anyio.lowlevel.current_token()
+        for loop, client in reversed(self._clients):
+            if loop == token:
+                return client
+        raise NotConnected(
+            "this needs a connection, and there is none on this event loop: put it within "
+            "`async with app.connect():` (or run it in a worker)"
+        )
+
+
+def _as_it_is(text: str) -> Any:
+    return from_json(text)

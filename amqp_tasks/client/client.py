@@ -1,0 +1,98 @@
+"""An open connection of a producer, as the task loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+from anyio.abc import TaskStatus as StartReport
+
+from ..abc import Broker, StateStore
+from ..core.lifecycle import TaskStatus
+from ..core.message import Message
+from ..core.operations import LogEntry
+from ..core.record import TaskRecord
+from ..core.topology import Topology
+from ..runtime.batching import StateClient
+from ..runtime.failures import single_error
+from ..runtime.io_loop import IoLoop
+from ..runtime.link import Link
+from ..runtime.producer import Producer
+from ..settings import Settings
+
+__all__ = ["Client", "open_client"]
+
+
+class Client:
+    """Carries a producer's calls to the I/O loop.
+
+    Cancelling a call ends its waiting. A task whose call was cancelled while it was being
+    queued may be in the queue; calling again with its id is safe.
+    """
+
+    def __init__(self, io: IoLoop, producer: Producer) -> None:
+        self._io = io
+        self._producer = producer
+
+    async def enqueue(self, message: Message) -> None:
+        await self._io.call(self._producer.enqueue, message)
+
+    async def read(self, task_id: str) -> TaskRecord:
+        return await self._io.call(self._producer.read, task_id)
+
+    async def events(self, task_id: str, after: str | None, limit: int) -> Sequence[LogEntry]:
+        return await self._io.call(self._producer.events, task_id, after, limit)
+
+    async def cancel(self, task_id: str) -> bool:
+        return await self._io.call(self._producer.cancel, task_id)
+
+    async def wait(self, task_id: str) -> TaskRecord:
+        return await self._io.call(self._producer.wait, task_id)
+
+    async def list(
+        self, prefix: str, status: TaskStatus | None, after: str | None, limit: int
+    ) -> Sequence[TaskRecord]:
+        return await self._io.call(self._producer.list, prefix, status, after, limit)
+
+
+class _ClientService:
+    """The part of a client that runs on the I/O loop."""
+
+    def __init__(self, state: StateClient, link: Link, producer: Producer) -> None:
+        self._state = state
+        self._link = link
+        self._producer = producer
+
+    async def run(self, *, task_status: StartReport[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        async with (
+            self._state.open(),
+            self._producer.open(),
+            anyio.create_task_group() as tasks,
+        ):
+            await tasks.start(self._link.run)
+            task_status.started()
+
+
+@asynccontextmanager
+async def open_client(
+    io: IoLoop,
+    broker: Broker,
+    store: StateStore,
+    topology: Topology,
+    settings: Settings,
+    *,
+    clock: Callable[[], float],
+) -> AsyncIterator[Client]:
+    """Connect a producer for as long as the block."""
+    state = StateClient(store)
+    link = Link(broker, state, topology, settings)
+    producer = Producer(link, store, state, state_ttl=settings.state_ttl, clock=clock)
+    service = _ClientService(state, link, producer)
+    with single_error():
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(io.serve, service.run)
+            try:
+                yield Client(io, producer)
+            finally:
+                tasks.cancel_scope.cancel()

@@ -1,0 +1,139 @@
+"""A handle on a task that was queued, here or anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import anyio
+from pydantic_core import from_json
+
+from ..core.checks import check_seconds
+from ..core.lifecycle import TaskStatus
+from ..core.record import TaskRecord
+from ..exceptions import RemoteTaskError, ResultTimeout, TaskCanceled
+from .client import Client
+from .state import TaskState, state_from
+
+__all__ = ["TaskHandle"]
+
+R_co = TypeVar("R_co", covariant=True)
+
+EVENTS_IN_STATE = 1_000
+
+
+class TaskHandle(Generic[R_co]):
+    """Stands for one task, by its id.
+
+    Handles of the same id are equal; making one asks no server.
+
+    Args:
+        client: returns the connection to use, when it is needed.
+        decode_result: makes the task's result of a JSON text.
+    """
+
+    def __init__(
+        self,
+        task_id: str,
+        client: Callable[[], Client],
+        decode_result: Callable[[str], R_co],
+    ) -> None:
+        self.task_id = task_id
+        self._client = client
+        self._decode_result = decode_result
+
+    def __repr__(self) -> str:
+        return f"<TaskHandle {self.task_id!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TaskHandle) and other.task_id == self.task_id
+
+    def __hash__(self) -> int:
+        return hash(self.task_id)
+
+    async def result(self, timeout: float | None = None) -> R_co:
+        """Wait until the task has ended and return its result.
+
+        Cancelling the wait does not cancel the task.
+
+        Args:
+            timeout: seconds to wait at most; None for no limit, 0 to look once.
+
+        Raises:
+            RemoteTaskError: the task is errored; has the remote type, message, traceback.
+            TaskCanceled: the task was canceled.
+            TaskNotFound: nothing is known about it.
+            ResultTimeout: it has not ended in time. A `TimeoutError`.
+        """
+        record = await self._wait(timeout)
+        match record.status:
+            case TaskStatus.FINISHED:
+                return self._decode_result(record.result or "null")
+            case TaskStatus.ERRORED:
+                raise _remote_error(record)
+            case _:
+                raise TaskCanceled(
+                    f"task {self.task_id!r} was canceled ({record.reason or 'no reason given'})"
+                )
+
+    async def join(self, timeout: float | None = None) -> TaskStatus:
+        """Wait until the task has ended, one way or another, and return its status.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+            ResultTimeout: it has not ended within `timeout` seconds.
+        """
+        return (await self._wait(timeout)).status
+
+    async def status(self) -> TaskStatus:
+        """Return the task's status.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+        """
+        return (await self._client().read(self.task_id)).status
+
+    async def state(self) -> TaskState:
+        """Return all that is known about the task, with the first 1,000 log entries.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+        """
+        client = self._client()
+        record = await client.read(self.task_id)
+        events = await client.events(self.task_id, None, EVENTS_IN_STATE)
+        return state_from(record, events, self._decode_result)
+
+    async def cancel(self) -> bool:
+        """Cancel the task: what waits never starts, and what runs is stopped.
+
+        Returns:
+            False if the task has ended already, and stays as it is. True otherwise; a
+            running task may still finish before the cancellation reaches it.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+        """
+        return await self._client().cancel(self.task_id)
+
+    async def _wait(self, timeout: float | None) -> TaskRecord:
+        limit = check_seconds(timeout, "timeout", zero=True)
+        if limit == 0:
+            record = await self._client().read(self.task_id)
+            if record.status.ended:
+                return record
+        else:
+            with anyio.move_on_after(limit):
+                return await self._client().wait(self.task_id)
+        raise ResultTimeout(f"task {self.task_id!r} has not ended within {limit:g} s")
+
+
+def _remote_error(record: TaskRecord) -> RemoteTaskError:
+    error: dict[str, Any] = from_json(record.error) if record.error else {}
+    return RemoteTaskError(
+        record.task_id,
+        type=error.get("type", "unknown"),
+        message=error.get("message", ""),
+        traceback=error.get("traceback", ""),
+        reason=error.get("reason"),
+    )

@@ -1,0 +1,1 @@
+"""Implementations of `abc`: each knows one server's client library, and no runtime."""

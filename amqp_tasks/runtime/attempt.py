@@ -1,0 +1,126 @@
+"""One attempt, as the task that runs in it sees it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from enum import StrEnum
+from typing import Any
+
+import anyio
+from pydantic_core import to_json
+
+from ..core.outcome import CancelReason
+from ..exceptions import AmqpTasksError, StateStoreError
+
+__all__ = ["Attempt", "MessageType", "current_attempt"]
+
+log = logging.getLogger(__name__)
+
+_current: ContextVar[Attempt] = ContextVar("amqp_tasks.attempt")
+
+Append = Callable[[str], Awaitable[None]]
+
+
+class MessageType(StrEnum):
+    """What an async-generator task yields, as the first of a pair."""
+
+    DEBUG = "debug"
+    """The second is a message for the task's event log."""
+    RESULT = "result"
+    """The second is one more item of the task's result, a list."""
+
+
+class Attempt:
+    """The running attempt of a task; `current_attempt` gives it.
+
+    Attributes:
+        task_id: id of the task.
+        name: registered name of the task.
+        number: number of this attempt, from 1.
+        fence: an integer that is larger for every later attempt of the same task, on
+            whichever worker. Hand it to what you write to, and have smaller ones
+            refused there: so an outside effect happens once even if a worker that was
+            presumed dead comes back.
+        deadline: seconds since the epoch after which nobody needs the result, or None.
+        worker: the worker's incarnation.
+        cancel_scope: the scope in which the task runs.
+        cancel_reason: why the task is being cancelled; None as long as it is not.
+    """
+
+    def __init__(
+        self,
+        *,
+        task_id: str,
+        name: str,
+        number: int,
+        fence: int,
+        deadline: float | None,
+        worker: str,
+        cancel_scope: anyio.CancelScope,
+        limit_reason: CancelReason,
+        append: Append,
+        clock: Callable[[], float],
+    ) -> None:
+        self.task_id = task_id
+        self.name = name
+        self.number = number
+        self.fence = fence
+        self.deadline = deadline
+        self.worker = worker
+        self.cancel_scope = cancel_scope
+        self._limit_reason = limit_reason
+        self._reason: CancelReason | None = None
+        self.stopped_by: BaseException | None = None
+        """For the executor: the cancellation, or what the task raised instead."""
+        self._append = append
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"<Attempt {self.number} of {self.task_id!r} ({self.name}), fence {self.fence}>"
+
+    @property
+    def cancel_reason(self) -> CancelReason | None:
+        if self._reason is None and self.cancel_scope.cancel_called:
+            # Nobody but the scope's own deadline cancels it without giving a reason.
+            self._reason = self._limit_reason
+        return self._reason
+
+    def cancel(self, reason: CancelReason) -> None:
+        """Cancel this attempt's scope. The first reason stays."""
+        if self.cancel_reason is None:
+            self._reason = reason
+            self.cancel_scope.cancel()
+
+    async def log(self, message: Any) -> None:
+        """Append a message (any JSON value) to the task's event log.
+
+        Does not fail when the state store is away: a task is not stopped for its log.
+        """
+        await self.emit("log", message)
+
+    async def emit(self, kind: str, message: Any) -> None:
+        """Append an entry of some kind to the task's event log."""
+        entry = {"at": self._clock(), "attempt": self.number, "kind": kind, "message": message}
+        try:
+            await self._append(to_json(entry, inf_nan_mode="constants", fallback=repr).decode())
+        except StateStoreError as error:
+            log.warning("%r: its event log could not be written: %s", self, error)
+
+
+def current_attempt() -> Attempt:
+    """Return the attempt in which the caller runs, in a child task or a thread as well.
+
+    Raises:
+        AmqpTasksError: the caller does not run in a task.
+    """
+    try:
+        return _current.get()
+    except LookupError:
+        raise AmqpTasksError("current_attempt() was called outside of a task") from None
+
+
+def set_current_attempt(attempt: Attempt) -> None:
+    """Make `attempt` the current one in this context."""
+    _current.set(attempt)

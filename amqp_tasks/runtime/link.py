@@ -1,0 +1,152 @@
+"""The line to the servers, on the I/O loop: kept up for as long as somebody needs it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
+
+import anyio
+from anyio.abc import TaskStatus
+
+from ..abc import Broker, BrokerSession
+from ..core.operations import Operation
+from ..core.settlement import Publication
+from ..core.topology import Topology
+from ..exceptions import BrokerError, BrokerUnavailable, PublishFailed, StateStoreUnavailable
+from ..settings import Settings
+from .batching import StateClient
+
+__all__ = ["Link"]
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+FIRST_PAUSE: Final = 0.2
+LONGEST_PAUSE: Final = 10.0
+"""Seconds between attempts to reach a server that does not answer; jittered."""
+
+SessionUser = Callable[[BrokerSession], Coroutine[Any, Any, None]]
+"""What to do with a session, for as long as it lasts; cancelled when it is lost."""
+
+
+def pauses() -> Callable[[], float]:
+    """Return a function that gives growing, jittered pauses in seconds."""
+    pause = FIRST_PAUSE
+
+    def following() -> float:
+        nonlocal pause
+        current, pause = pause, min(pause * 2, LONGEST_PAUSE)
+        return current * random.uniform(0.5, 1.0)  # noqa: S311  not a secret
+
+    return following
+
+
+class Link:
+    """The broker's connection, and the state store to go with it. `run` is its service.
+
+    Connecting for the first time has to succeed; a broker that goes away later is
+    reconnected to until `reconnect_timeout` is over.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        state: StateClient,
+        topology: Topology,
+        settings: Settings,
+    ) -> None:
+        self.broker = broker
+        self.state = state
+        self.topology = topology
+        self.use_session: SessionUser | None = None
+        self._settings = settings
+        self._session: BrokerSession | None = None
+        self._connected = anyio.Event()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Connect, report the start, and stay connected until cancelled.
+
+        Raises:
+            BrokerError: the broker cannot be used, or could not be reached again in time.
+        """
+        await self._one_session(task_status)
+        while True:
+            await self._reconnect()
+
+    async def publish(self, publication: Publication) -> None:
+        """Publish, and return when the broker has confirmed.
+
+        Raises:
+            PublishFailed: it was not confirmed within `publish_timeout`.
+        """
+        timeout = self._settings.publish_timeout
+        began = anyio.current_time()
+        with anyio.move_on_after(timeout):
+            await self._connected.wait()
+        if self._session is None:
+            raise PublishFailed(
+                f"no connection to {self.broker.address} within {timeout:g} s "
+                "(publish_timeout); nothing was queued",
+                maybe=False,
+            )
+        left = timeout - (anyio.current_time() - began)
+        await self._session.publish(self.topology.exchange, publication, left)
+
+    async def publish_persistently(self, publication: Publication) -> None:
+        """Publish, again and again until the broker has confirmed."""
+        pause = pauses()
+        while True:
+            try:
+                return await self.publish(publication)
+            except BrokerError as error:
+                log.warning("cannot publish to %s: %s", publication.queue.name, error)
+                await anyio.sleep(pause())
+
+    async def ask_persistently(self, operation: Operation[R]) -> R:
+        """Ask the state store, again and again until it has answered."""
+        pause = pauses()
+        while True:
+            try:
+                return await self.state.ask(operation)
+            except StateStoreUnavailable as error:
+                log.warning("the state store does not answer: %s", error)
+                await anyio.sleep(pause())
+
+    async def _reconnect(self) -> None:
+        lost_at, pause = anyio.current_time(), pauses()
+        while True:
+            await anyio.sleep(pause())
+            try:
+                return await self._one_session(anyio.TASK_STATUS_IGNORED)
+            except BrokerUnavailable as error:
+                down, limit = anyio.current_time() - lost_at, self._settings.reconnect_timeout
+                if down > limit:
+                    raise BrokerUnavailable(
+                        f"{error} (for {down:.0f} s; reconnect_timeout={limit:g})"
+                    ) from error
+                log.warning("cannot reconnect: %s", error)
+
+    async def _one_session(self, task_status: TaskStatus[None]) -> None:
+        async with self.broker.session() as session:
+            await session.declare(self.topology.exchange, self.topology.always())
+            self._session = session
+            self._connected.set()
+            task_status.started()
+            try:
+                reason = await self._while_open(session)
+            finally:
+                self._session = None
+                self._connected = anyio.Event()
+        log.warning("lost the connection to %s: %s", self.broker.address, reason)
+
+    async def _while_open(self, session: BrokerSession) -> str:
+        if self.use_session is None:
+            return await session.wait_closed()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.use_session, session)
+            reason = await session.wait_closed()
+            tasks.cancel_scope.cancel()
+        return reason

@@ -1,0 +1,241 @@
+"""A producer's part on the I/O loop: queue tasks, look at them, wait for their end."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+import anyio
+
+from ..abc import Listener, StateStore
+from ..core.lifecycle import TaskStatus
+from ..core.message import Message
+from ..core.operations import (
+    CANCELED_NOW,
+    REQUESTED,
+    UNKNOWN,
+    Create,
+    Discharge,
+    ListTasks,
+    LogEntry,
+    Read,
+    ReadEvents,
+    RequestCancel,
+    Revoke,
+)
+from ..core.outcome import CancelReason
+from ..core.record import Owed, TaskRecord
+from ..core.settlement import wait_for
+from ..exceptions import PublishFailed, StateStoreError, TaskNotFound
+from .batching import StateClient
+from .link import Link
+
+__all__ = ["Producer"]
+
+log = logging.getLogger(__name__)
+
+UNCONFIRMED_TTL: Final = 3600.0
+"""Seconds after which a state is forgotten whose producer never said that the message is
+in the queue. Should the message be there all the same, it carries all that is needed."""
+
+FIRST_LOOK: Final = 0.25
+LONGEST_LOOK: Final = 5.0
+"""Seconds between looks at a task that somebody waits for. Announcements come at once;
+these are for when one is lost."""
+
+
+class Producer:
+    """Queues tasks and follows them. Call its methods within `open`.
+
+    Args:
+        clock: seconds since the epoch.
+        state_ttl: seconds that the state of an ended task is kept.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        store: StateStore,
+        state: StateClient,
+        *,
+        state_ttl: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._link = link
+        self._state = state
+        self._ends = EndWatch(store, state)
+        self._state_ttl = state_ttl
+        self._clock = clock
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Listen for the ends of tasks, for as long as the block."""
+        async with self._ends.open():
+            yield
+
+    async def enqueue(self, message: Message) -> None:
+        """Write the state of a new task and publish its message.
+
+        A task whose id is known already is left as it is, and published again only if it
+        is not known to be in the queue.
+
+        Raises:
+            StateStoreError: nothing was queued.
+            PublishFailed: `maybe` says whether it was queued; calling again is safe.
+        """
+        nonce, now = secrets.token_hex(8), self._clock()
+        created = await self._state.ask(
+            Create(
+                task_id=message.task_id,
+                name=message.func,
+                job=message.body.decode(),
+                nonce=nonce,
+                now=now,
+                ttl=UNCONFIRMED_TTL,
+                due=message.due,
+                deadline=message.deadline,
+                parent=message.parent,
+            )
+        )
+        if not created.owed:
+            return
+        try:
+            await self._link.publish(wait_for(message, self._link.topology, now=now))
+        except PublishFailed as error:
+            if created.new and not error.maybe:
+                await self._take_back(message, nonce)
+            raise
+        await self._confirm(message)
+
+    async def read(self, task_id: str) -> TaskRecord:
+        """Return the state of a task.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+        """
+        return _known(task_id, await self._state.ask(Read(task_id=task_id)))
+
+    async def events(self, task_id: str, after: str | None, limit: int) -> Sequence[LogEntry]:
+        """Return entries of a task's event log."""
+        return await self._state.ask(ReadEvents(task_id=task_id, after=after, limit=limit))
+
+    async def cancel(self, task_id: str) -> bool:
+        """Cancel a task, or ask its worker to; False if it has ended.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+        """
+        answer = await self._state.ask(
+            RequestCancel(
+                task_id=task_id, reason=CancelReason.USER, now=self._clock(), ttl=self._state_ttl
+            )
+        )
+        if answer == UNKNOWN:
+            _known(task_id, None)
+        return answer in (CANCELED_NOW, REQUESTED)
+
+    async def wait(self, task_id: str) -> TaskRecord:
+        """Return the state of a task when it has ended.
+
+        Raises:
+            TaskNotFound: nothing is known about it, or not any more.
+        """
+        return _known(task_id, await self._ends.wait(task_id))
+
+    async def list(
+        self, prefix: str, status: TaskStatus | None, after: str | None, limit: int
+    ) -> Sequence[TaskRecord]:
+        """Return the states of tasks in the order of their ids."""
+        question = ListTasks(prefix=prefix, status=status, after=after, limit=limit)
+        ids = await self._state.ask(question)
+        records = await self._state.ask_all([Read(task_id=task_id) for task_id in ids])
+        for record in records:
+            if isinstance(record, StateStoreError):
+                raise record
+        return [record for record in records if isinstance(record, TaskRecord)]
+
+    async def _take_back(self, message: Message, nonce: str) -> None:
+        try:
+            await self._state.ask(Revoke(task_id=message.task_id, nonce=nonce, now=self._clock()))
+        except StateStoreError as error:
+            log.warning(
+                "task %s was not queued, but its state says scheduled for up to %g s: %s",
+                message.task_id,
+                UNCONFIRMED_TTL,
+                error,
+            )
+
+    async def _confirm(self, message: Message) -> None:
+        operation = Discharge(
+            task_id=message.task_id,
+            owed=Owed.PUBLISH,
+            attempt=message.attempt,
+            ttl=None,
+            now=self._clock(),
+        )
+        try:
+            await self._state.ask(operation)
+        except StateStoreError as error:
+            # It is in the queue; what is missing is only written down by the claim.
+            log.warning("task %s is queued, its state could not say so: %s", message.task_id, error)
+
+
+def _known(task_id: str, record: TaskRecord | None) -> TaskRecord:
+    if record is None:
+        raise TaskNotFound(
+            f"no task {task_id!r} is known: it was never queued, or its state has expired"
+        )
+    return record
+
+
+class EndWatch:
+    """Waits for the ends of tasks: announcements, and a look now and then."""
+
+    def __init__(self, store: StateStore, state: StateClient) -> None:
+        self._store = store
+        self._state = state
+        self._listener: Listener
+        self._waiting: dict[str, set[anyio.Event]] = {}
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        async with self._store.listen() as self._listener, anyio.create_task_group() as tasks:
+            tasks.start_soon(self._hear)
+            try:
+                yield
+            finally:
+                tasks.cancel_scope.cancel()
+
+    async def wait(self, task_id: str) -> TaskRecord | None:
+        """Return the record of a task when it has ended; None if there is none."""
+        ended = anyio.Event()
+        waiting = self._waiting.setdefault(task_id, set())
+        waiting.add(ended)
+        try:
+            if len(waiting) == 1:
+                await self._listener.subscribe(f"ended:{task_id}")
+            return await self._look_until_ended(task_id, ended)
+        finally:
+            waiting.discard(ended)
+            if not waiting and self._waiting.get(task_id) is waiting:
+                del self._waiting[task_id]
+                with anyio.move_on_after(1, shield=True):
+                    await self._listener.unsubscribe(f"ended:{task_id}")
+
+    async def _look_until_ended(self, task_id: str, ended: anyio.Event) -> TaskRecord | None:
+        pause = FIRST_LOOK
+        while True:
+            record = await self._state.ask(Read(task_id=task_id))
+            if record is None or record.status.ended:
+                return record
+            with anyio.move_on_after(pause):
+                await ended.wait()
+            pause = min(pause * 2, LONGEST_LOOK)
+
+    async def _hear(self) -> None:
+        async for topic, _ in self._listener:
+            for event in self._waiting.get(topic.removeprefix("ended:"), ()):
+                event.set()

@@ -1,0 +1,190 @@
+"""A worker: the tree of task groups on both loops.
+
+::
+
+    task loop   executor                  outlives all below: it owes them answers
+                └─ I/O loop   state       the store's client
+                              ├─ presence, cancel watch
+                              └─ link     the broker's connection
+                                 └─ intake, and one task per delivery
+
+Each level can count on the ones above it until it has ended itself: deliveries are
+settled while the broker is connected, and the presence is there until the last attempt
+has stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+from anyio.abc import TaskStatus
+
+from ..abc import Broker, StateStore
+from ..core.topology import Topology
+from ..registry import TaskRegistry
+from ..settings import Settings
+from .batching import StateClient
+from .cancellation import CancelWatch
+from .consumer import Consumer
+from .executor import Executor
+from .failures import single_error
+from .intake import Intake
+from .io_loop import IoLoop
+from .link import Link
+from .presence import Presence
+from .producer import Producer
+
+__all__ = ["Worker", "new_incarnation", "open_worker"]
+
+log = logging.getLogger(__name__)
+
+
+def new_incarnation() -> str:
+    """Return an id for this start of a worker: readable, and never the same again."""
+    return f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+class Worker:
+    """A running worker, as its surroundings see it.
+
+    Attributes:
+        id: its incarnation, which is in the states of the tasks it runs.
+    """
+
+    def __init__(self, owner: str, io: IoLoop, service: _WorkerService) -> None:
+        self.id = owner
+        self.producer = service.producer
+        """For tasks that queue tasks."""
+        self._io = io
+        self._service = service
+        self._ended = anyio.Event()
+
+    def stop(self, grace: float) -> None:
+        """Take no more tasks; cancel those that still run in `grace` seconds.
+
+        May be called again with a shorter grace. Returns at once; see `wait_ended`.
+        """
+        self._io.post(self._service.stop, grace)
+
+    async def wait_ended(self) -> None:
+        """Return when it has stopped and settled everything."""
+        await self._ended.wait()
+
+    def set_ended(self) -> None:
+        self._ended.set()
+
+
+class _WorkerService:
+    """The part of a worker that runs on the I/O loop."""
+
+    def __init__(
+        self,
+        io: IoLoop,
+        executor: Executor,
+        broker: Broker,
+        store: StateStore,
+        state: StateClient,
+        registry: TaskRegistry,
+        topology: Topology,
+        settings: Settings,
+        *,
+        owner: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.state = state
+        self._link = link = Link(broker, state, topology, settings)
+        self.producer = Producer(link, store, state, state_ttl=settings.state_ttl, clock=clock)
+        consumer = Consumer(io, link, executor, registry, settings, owner=owner, clock=clock)
+        self._intake = Intake(link, consumer, settings)
+        self._watch = CancelWatch(
+            store, state, owner, consumer.running, settings.cancel_poll_interval
+        )
+        info = {"host": platform.node(), "pid": os.getpid(), "queue": settings.queue}
+        self._presence = Presence(state, owner, settings.presence_ttl, info)
+        self._stop_called = anyio.Event()
+
+    def stop(self, grace: float) -> None:
+        self._intake.hurry(grace)
+        self._stop_called.set()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Work until `stop` is called; cancelling this stops without any grace."""
+        async with anyio.create_task_group() as outside:
+            outside.start_soon(self._stop_when_cancelled)
+            # What is under way is ended in good order, whoever cancels.
+            with anyio.CancelScope(shield=True):
+                async with (
+                    self.state.open(),
+                    self.producer.open(),
+                    anyio.create_task_group() as lives,
+                ):
+                    await lives.start(self._presence.run)
+                    await lives.start(self._watch.run)
+                    try:
+                        await self._serve(task_status)
+                    finally:
+                        # Also when the broker is lost for good: nobody else may start
+                        # these tasks before they have stopped here.
+                        with anyio.CancelScope(shield=True):
+                            await self._intake.end_attempts()
+                    lives.cancel_scope.cancel()
+            outside.cancel_scope.cancel()
+
+    async def _serve(self, task_status: TaskStatus[None]) -> None:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(self._intake.run)
+            await tasks.start(self._link.run)
+            task_status.started()
+            await self._stop_called.wait()
+            await self._intake.drain()
+            tasks.cancel_scope.cancel()
+
+    async def _stop_when_cancelled(self) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self.stop(0)
+
+
+@asynccontextmanager
+async def open_worker(
+    io: IoLoop,
+    broker: Broker,
+    store: StateStore,
+    registry: TaskRegistry,
+    topology: Topology,
+    settings: Settings,
+    *,
+    clock: Callable[[], float],
+) -> AsyncIterator[Worker]:
+    """Run a worker for as long as the block; leaving the block stops it with its grace."""
+    owner = new_incarnation()
+    state = StateClient(store)
+    executor = Executor(io, state, max_threads=settings.max_running_tasks, clock=clock)
+    service = _WorkerService(
+        io, executor, broker, store, state, registry, topology, settings, owner=owner, clock=clock
+    )
+    worker = Worker(owner, io, service)
+
+    async def serve(*, task_status: TaskStatus[None]) -> None:
+        try:
+            await io.serve(service.run, task_status=task_status)
+        finally:
+            worker.set_ended()
+
+    with single_error():
+        async with anyio.create_task_group() as outer:
+            await outer.start(executor.run)
+            try:
+                async with anyio.create_task_group() as inner:
+                    await inner.start(serve)
+                    yield worker
+                    worker.stop(settings.shutdown_grace)
+            finally:
+                executor.stop()
