@@ -75,8 +75,15 @@ class CancelWatch:
             if answer.fence > task.fence:
                 task.cancel(CancelReason.LEASE_LOST)
             elif answer.cancel is not None:
-                task.cancel(CancelReason(answer.cancel))
+                task.cancel(_reason(answer.cancel))
 
     async def _hear(self, listener: Listener) -> None:
         async for _, task_id in listener:
             await self.look([task_id])
+
+
+def _reason(text: str) -> CancelReason:
+    try:
+        return CancelReason(text)
+    except ValueError:  # written by another version
+        return CancelReason.USER

@@ -89,8 +89,8 @@ class Intake:
                 with anyio.CancelScope() as self._taking:
                     await self._take_from(session)
                 if not self._stopping:
+                    await anyio.sleep(pause())  # ended by the link, if the session is lost
                     log.warning("the consumer of %s was cancelled", self._settings.queue)
-                    await anyio.sleep(pause())
                     await session.declare(
                         self._link.topology.exchange, self._link.topology.always()
                     )
