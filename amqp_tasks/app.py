@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
@@ -26,6 +26,7 @@ from .drivers.redis import RedisStore
 from .exceptions import ArgumentsError, NotConnected
 from .registry import TaskDefinition, TaskRegistry
 from .runtime.io_loop import IoLoop, SameLoop, open_io_thread
+from .runtime.link import Servers
 from .runtime.worker import Worker, open_worker
 from .settings import Settings, load_settings
 
@@ -149,12 +150,7 @@ class TaskApp:
         async with (
             self._io_loop("amqp_tasks client") as io,
             open_client(
-                io,
-                self._broker("amqp_tasks producer"),
-                self._store(),
-                self._topology,
-                self.settings,
-                clock=self._clock,
+                io, self._servers("amqp_tasks producer"), self.settings, clock=self._clock
             ) as client,
         ):
             with self._using(client):
@@ -248,10 +244,8 @@ class TaskApp:
             self._io_loop("amqp_tasks worker") as io,
             open_worker(
                 io,
-                self._broker("amqp_tasks worker"),
-                self._store(),
+                self._servers("amqp_tasks worker"),
                 self.tasks,
-                self._topology,
                 self.settings,
                 clock=self._clock,
             ) as worker,
@@ -282,15 +276,18 @@ class TaskApp:
         """What is in memory belongs to the app: its worker and its producers share it."""
         return MemoryBroker(self._clock), MemoryStore(self._clock)
 
-    @property
-    def _topology(self) -> Topology:
+    def _servers(self, name: str) -> Servers:
         settings = self.settings
-        return Topology(
-            exchange=settings.exchange,
-            queue=settings.queue,
-            queue_type=settings.queue_type,
-            delayed_ttl_ms=settings.delayed_ttl_ms,
-            errored_ttl_ms=settings.errored_ttl_ms,
+        return Servers(
+            make_broker=partial(self._broker, name),
+            make_store=self._store,
+            topology=Topology(
+                exchange=settings.exchange,
+                queue=settings.queue,
+                queue_type=settings.queue_type,
+                delayed_ttl_ms=settings.delayed_ttl_ms,
+                errored_ttl_ms=settings.errored_ttl_ms,
+            ),
         )
 
     def _broker(self, name: str) -> Broker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -95,23 +96,27 @@ def _on(backend: str) -> dict[str, Any]:
 
 async def _work(app: TaskApp) -> None:
     settings = app.settings
-    async with app.worker() as running, anyio.create_task_group() as tasks:
-        tasks.start_soon(_stop_on_signal, running, settings.shutdown_grace)
-        click.echo(
-            f"worker {running.id} runs {len(app.tasks)} tasks from {settings.queue!r} at "
-            f"{hide_password(settings.broker_url)}, states at {hide_password(settings.state_url)}",
-            err=True,
-        )
-        await running.wait_ended()
-        tasks.cancel_scope.cancel()
-
-
-async def _stop_on_signal(running: Worker, grace: float) -> None:
+    # First of all: a signal that comes while it connects is heeded when it has.
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("%s: stopping, within %g s", signal.Signals(number).name, grace)
-            running.stop(grace)
-            grace = 0
+        async with app.worker() as running, anyio.create_task_group() as tasks:
+            tasks.start_soon(_stop_on_signal, signals, running, settings.shutdown_grace)
+            click.echo(
+                f"worker {running.id} runs {len(app.tasks)} tasks from {settings.queue!r} at "
+                f"{hide_password(settings.broker_url)}, states at "
+                f"{hide_password(settings.state_url)}",
+                err=True,
+            )
+            await running.wait_ended()
+            tasks.cancel_scope.cancel()
+
+
+async def _stop_on_signal(
+    signals: AsyncIterator[signal.Signals], running: Worker, grace: float
+) -> None:
+    async for number in signals:
+        log.info("%s: stopping, within %g s", number.name, grace)
+        running.stop(grace)
+        grace = 0
 
 
 def _fail(error: AmqpTasksError, code: int) -> None:

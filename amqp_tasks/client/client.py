@@ -8,16 +8,14 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskStatus as StartReport
 
-from ..abc import Broker, StateStore
 from ..core.lifecycle import TaskStatus
 from ..core.message import Message
 from ..core.operations import LogEntry
 from ..core.record import TaskRecord
-from ..core.topology import Topology
 from ..runtime.batching import StateClient
 from ..runtime.failures import single_error
 from ..runtime.io_loop import IoLoop
-from ..runtime.link import Link
+from ..runtime.link import Link, Servers
 from ..runtime.producer import Producer
 from ..settings import Settings
 
@@ -57,42 +55,32 @@ class Client:
 
 
 class _ClientService:
-    """The part of a client that runs on the I/O loop."""
+    """The part of a client that runs on the I/O loop, and is made there."""
 
-    def __init__(self, state: StateClient, link: Link, producer: Producer) -> None:
-        self._state = state
-        self._link = link
-        self._producer = producer
+    def __init__(self, servers: Servers, settings: Settings, clock: Callable[[], float]) -> None:
+        store = servers.make_store()
+        self._state = StateClient(store)
+        self._link = Link(servers.make_broker(), self._state, servers.topology, settings)
+        self.producer = Producer(
+            self._link, store, self._state, state_ttl=settings.state_ttl, clock=clock
+        )
 
     async def run(self, *, task_status: StartReport[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        async with (
-            self._state.open(),
-            self._producer.open(),
-            anyio.create_task_group() as tasks,
-        ):
+        async with self._state.open(), self.producer.open(), anyio.create_task_group() as tasks:
             await tasks.start(self._link.run)
             task_status.started()
 
 
 @asynccontextmanager
 async def open_client(
-    io: IoLoop,
-    broker: Broker,
-    store: StateStore,
-    topology: Topology,
-    settings: Settings,
-    *,
-    clock: Callable[[], float],
+    io: IoLoop, servers: Servers, settings: Settings, *, clock: Callable[[], float]
 ) -> AsyncIterator[Client]:
     """Connect a producer for as long as the block."""
-    state = StateClient(store)
-    link = Link(broker, state, topology, settings)
-    producer = Producer(link, store, state, state_ttl=settings.state_ttl, clock=clock)
-    service = _ClientService(state, link, producer)
     with single_error():
+        service = await io.make(_ClientService, servers, settings, clock)
         async with anyio.create_task_group() as tasks:
             await tasks.start(io.serve, service.run)
             try:
-                yield Client(io, producer)
+                yield Client(io, service.producer)
             finally:
                 tasks.cancel_scope.cancel()

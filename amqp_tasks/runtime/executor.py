@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,6 @@ import anyio.to_thread
 from anyio.abc import TaskGroup, TaskStatus
 
 from ..core.message import Message
-from ..core.operations import AppendEvents
 from ..core.outcome import (
     CancelReason,
     Failed,
@@ -35,13 +34,16 @@ from ..core.settlement import Lease
 from ..exceptions import AmqpTasksError
 from ..registry import FunctionKind, TaskDefinition
 from .attempt import Attempt, MessageType, set_current_attempt
-from .batching import StateClient
 from .failures import describe
 from .io_loop import Inbox, IoLoop
 
 __all__ = ["Executor", "Job"]
 
 log = logging.getLogger(__name__)
+
+
+Append = Callable[[str, int, str], Awaitable[None]]
+"""Appends an entry, JSON text, to the event log of a task id under a fence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +66,10 @@ class Executor:
         clock: seconds since the epoch.
     """
 
-    def __init__(
-        self, io: IoLoop, state: StateClient, *, max_threads: int, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, io: IoLoop, *, max_threads: int, clock: Callable[[], float]) -> None:
+        self.append: Append
+        """Set by the worker before the first job."""
         self._io = io
-        self._state = state
         self._clock = clock
         self._inbox: Inbox[Job | tuple[str, CancelReason]] = Inbox()
         self._running: dict[str, Attempt] = {}
@@ -137,7 +138,7 @@ class Executor:
                 shield=True, deadline=anyio.current_time() + min(timeout, left)
             ),
             limit_reason=limit,
-            append=partial(self._append, message.task_id, job.lease.fence),
+            append=partial(self.append, message.task_id, job.lease.fence),
             clock=self._clock,
         )
         set_current_attempt(attempt)
@@ -203,10 +204,6 @@ class Executor:
                             item,
                         )
         return results
-
-    async def _append(self, task_id: str, fence: int, entry: str) -> None:
-        operation = AppendEvents(task_id=task_id, fence=fence, entries=(entry,))
-        await self._io.call(self._state.ask, operation)
 
 
 _EXCEEDED = {

@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple, cast
 
 import anyio
+import anyio.lowlevel
 import trio
 from anyio.abc import TaskStatus
 
@@ -44,6 +45,13 @@ class IoLoop(Protocol):
 
     async def call(self, func: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
         """Run an async function on the I/O loop; return, or raise, what it does."""
+        ...
+
+    async def make(self, kind: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Call a function, or make an object, on the I/O loop; return what comes of it.
+
+        Whatever holds events or locks has to be made on the loop that it is used on.
+        """
         ...
 
     async def serve(self, service: Service, *, task_status: TaskStatus[None]) -> None:
@@ -64,6 +72,10 @@ class SameLoop:
 
     async def call(self, func: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
         return await func(*args)
+
+    async def make(self, kind: Callable[[*Ts], T], *args: *Ts) -> T:
+        await anyio.lowlevel.checkpoint()
+        return kind(*args)
 
     async def serve(
         self, service: Service, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
@@ -209,6 +221,13 @@ class ThreadLoop:
         self.post(self._start_call, call)
         await self._wait(call.done, call)
         return cast("T", call.answer())
+
+    async def make(self, kind: Callable[[*Ts], T], *args: *Ts) -> T:
+        async def run() -> T:
+            await anyio.lowlevel.checkpoint()
+            return kind(*args)
+
+        return await self.call(run)
 
     async def serve(
         self, service: Service, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import anyio
 from anyio.abc import TaskStatus
 
-from ..abc import Broker, BrokerSession
+from ..abc import Broker, BrokerSession, StateStore
 from ..core.operations import Operation
 from ..core.settlement import Publication
 from ..core.topology import Topology
@@ -18,7 +19,7 @@ from ..exceptions import BrokerError, BrokerUnavailable, PublishFailed, StateSto
 from ..settings import Settings
 from .batching import StateClient
 
-__all__ = ["Link"]
+__all__ = ["Link", "Servers", "SessionUser", "pauses"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,15 @@ LONGEST_PAUSE: Final = 10.0
 
 SessionUser = Callable[[BrokerSession], Coroutine[Any, Any, None]]
 """What to do with a session, for as long as it lasts; cancelled when it is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Servers:
+    """Where the servers are. The drivers are made on the loop that they are used on."""
+
+    make_broker: Callable[[], Broker]
+    make_store: Callable[[], StateStore]
+    topology: Topology
 
 
 def pauses() -> Callable[[], float]:

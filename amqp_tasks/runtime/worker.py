@@ -25,8 +25,7 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskStatus
 
-from ..abc import Broker, StateStore
-from ..core.topology import Topology
+from ..core.operations import AppendEvents
 from ..registry import TaskRegistry
 from ..settings import Settings
 from .batching import StateClient
@@ -36,7 +35,7 @@ from .executor import Executor
 from .failures import single_error
 from .intake import Intake
 from .io_loop import IoLoop
-from .link import Link
+from .link import Link, Servers
 from .presence import Presence
 from .producer import Producer
 
@@ -57,8 +56,8 @@ class Worker:
         id: its incarnation, which is in the states of the tasks it runs.
     """
 
-    def __init__(self, owner: str, io: IoLoop, service: _WorkerService) -> None:
-        self.id = owner
+    def __init__(self, io: IoLoop, service: _WorkerService) -> None:
+        self.id = service.owner
         self.producer = service.producer
         """For tasks that queue tasks."""
         self._io = io
@@ -76,38 +75,43 @@ class Worker:
         """Return when it has stopped and settled everything."""
         await self._ended.wait()
 
-    def set_ended(self) -> None:
-        self._ended.set()
+    async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Run it, until it is stopped; what `open_worker` starts."""
+        try:
+            await self._io.serve(self._service.run, task_status=task_status)
+        finally:
+            self._ended.set()
 
 
 class _WorkerService:
-    """The part of a worker that runs on the I/O loop."""
+    """The part of a worker that runs on the I/O loop, and is made there."""
 
     def __init__(
         self,
         io: IoLoop,
         executor: Executor,
-        broker: Broker,
-        store: StateStore,
-        state: StateClient,
+        servers: Servers,
         registry: TaskRegistry,
-        topology: Topology,
         settings: Settings,
-        *,
-        owner: str,
         clock: Callable[[], float],
     ) -> None:
-        self.state = state
-        self._link = link = Link(broker, state, topology, settings)
+        self.owner = new_incarnation()
+        store = servers.make_store()
+        self._state = state = StateClient(store)
+        self._link = link = Link(servers.make_broker(), state, servers.topology, settings)
         self.producer = Producer(link, store, state, state_ttl=settings.state_ttl, clock=clock)
-        consumer = Consumer(io, link, executor, registry, settings, owner=owner, clock=clock)
+        consumer = Consumer(io, link, executor, registry, settings, owner=self.owner, clock=clock)
         self._intake = Intake(link, consumer, settings)
         self._watch = CancelWatch(
-            store, state, owner, consumer.running, settings.cancel_poll_interval
+            store, state, self.owner, consumer.running, settings.cancel_poll_interval
         )
         info = {"host": platform.node(), "pid": os.getpid(), "queue": settings.queue}
-        self._presence = Presence(state, owner, settings.presence_ttl, info)
+        self._presence = Presence(state, self.owner, settings.presence_ttl, info)
         self._stop_called = anyio.Event()
+
+    async def append(self, task_id: str, fence: int, entry: str) -> None:
+        """Append an entry to the event log of a task that runs here."""
+        await self._state.ask(AppendEvents(task_id=task_id, fence=fence, entries=(entry,)))
 
     def stop(self, grace: float) -> None:
         self._intake.hurry(grace)
@@ -120,7 +124,7 @@ class _WorkerService:
             # What is under way is ended in good order, whoever cancels.
             with anyio.CancelScope(shield=True):
                 async with (
-                    self.state.open(),
+                    self._state.open(),
                     self.producer.open(),
                     anyio.create_task_group() as lives,
                 ):
@@ -155,35 +159,27 @@ class _WorkerService:
 @asynccontextmanager
 async def open_worker(
     io: IoLoop,
-    broker: Broker,
-    store: StateStore,
+    servers: Servers,
     registry: TaskRegistry,
-    topology: Topology,
     settings: Settings,
     *,
     clock: Callable[[], float],
 ) -> AsyncIterator[Worker]:
     """Run a worker for as long as the block; leaving the block stops it with its grace."""
-    owner = new_incarnation()
-    state = StateClient(store)
-    executor = Executor(io, state, max_threads=settings.max_running_tasks, clock=clock)
-    service = _WorkerService(
-        io, executor, broker, store, state, registry, topology, settings, owner=owner, clock=clock
-    )
-    worker = Worker(owner, io, service)
-
-    async def serve(*, task_status: TaskStatus[None]) -> None:
-        try:
-            await io.serve(service.run, task_status=task_status)
-        finally:
-            worker.set_ended()
-
     with single_error():
+        executor = Executor(io, max_threads=settings.max_running_tasks, clock=clock)
+        service = await io.make(_WorkerService, io, executor, servers, registry, settings, clock)
+
+        async def append(task_id: str, fence: int, entry: str) -> None:
+            await io.call(service.append, task_id, fence, entry)
+
+        executor.append = append
+        worker = Worker(io, service)
         async with anyio.create_task_group() as outer:
             await outer.start(executor.run)
             try:
                 async with anyio.create_task_group() as inner:
-                    await inner.start(serve)
+                    await inner.start(worker.serve)
                     yield worker
                     worker.stop(settings.shutdown_grace)
             finally:
