@@ -18,7 +18,7 @@ and, elsewhere, ``python -m amqp_tasks worker --app shop.tasks:app``.
 """
 
 from .app import TaskApp
-from .client import Task, TaskHandle, TaskState
+from .client import RemoteTaskGroup, Task, TaskEvent, TaskHandle, TaskState
 from .core.lifecycle import TaskStatus
 from .core.outcome import CancelReason
 from .core.retry import RetryPolicy
@@ -66,6 +66,7 @@ __all__ = [
     "PublishFailed",
     "QueueMismatch",
     "RemoteTaskError",
+    "RemoteTaskGroup",
     "ResultTimeout",
     "RetryPolicy",
     "Settings",
@@ -76,6 +77,7 @@ __all__ = [
     "Task",
     "TaskApp",
     "TaskCanceled",
+    "TaskEvent",
     "TaskHandle",
     "TaskNotFound",
     "TaskState",

@@ -14,7 +14,16 @@ import anyio.lowlevel
 from pydantic_core import from_json
 
 from .abc import Broker, StateStore
-from .client import CallOptions, Client, Task, TaskHandle, TaskState, open_client
+from .client import (
+    CallOptions,
+    Client,
+    RemoteTaskGroup,
+    Task,
+    TaskHandle,
+    TaskState,
+    open_client,
+    open_remote_task_group,
+)
 from .client.state import state_from
 from .core.lifecycle import TaskStatus
 from .core.message import check_task_id
@@ -25,6 +34,7 @@ from .drivers.rabbitmq import RabbitBroker
 from .drivers.redis import RedisStore
 from .exceptions import ArgumentsError, NotConnected
 from .registry import TaskDefinition, TaskRegistry
+from .runtime.attempt import attempt_or_none
 from .runtime.io_loop import IoLoop, SameLoop, open_io_thread
 from .runtime.link import Servers
 from .runtime.worker import Worker, open_worker
@@ -101,6 +111,7 @@ class TaskApp:
         name: str | None = None,
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
+        process: bool = False,
     ) -> TaskDecorator: ...
 
     def task(
@@ -111,6 +122,7 @@ class TaskApp:
         name: str | None = None,
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
+        process: bool = False,
     ) -> Any:
         """Make a task of a function of a module: ``@app.task`` or ``@app.task(...)``.
 
@@ -123,6 +135,10 @@ class TaskApp:
             retry: what happens when it fails; by default `max_task_retries` retries
                 through the delay queue.
             timeout: seconds that one attempt may take.
+            process: run it, a synchronous function, in a process of its own: it may burn
+                a core there without hurting its neighbours, and is killed when it is
+                cancelled. Arguments and result must be picklable; as many run at the
+                same time as there are cores.
 
         Raises:
             DefinitionError: the function cannot be a task, and why.
@@ -130,7 +146,9 @@ class TaskApp:
         """
 
         def define(func: Callable[..., Any]) -> Task[Any, Any]:
-            task: Task[Any, Any] = Task(func, self, name=name, retry=retry, timeout=timeout)
+            task: Task[Any, Any] = Task(
+                func, self, name=name, retry=retry, timeout=timeout, process=process
+            )
             self.tasks.add(task)
             return task
 
@@ -195,9 +213,59 @@ class TaskApp:
         kwargs: dict[str, Any],
     ) -> TaskHandle[Any]:
         """Queue a call; what `Task` and `add_task` come down to."""
-        message = options.message(task, args, kwargs)
-        await self._client().enqueue(message)
+        return await self._schedule(task, options, args, kwargs)
+
+    async def _schedule(
+        self,
+        task: TaskDefinition,
+        options: CallOptions,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        parent_owner: str | None = None,
+    ) -> TaskHandle[Any]:
+        client, attempt = self._client(), attempt_or_none()
+        message = options.message(
+            task,
+            args,
+            kwargs,
+            now=self._clock(),
+            parent=None if attempt is None else attempt.task_id,
+            parent_owner=parent_owner,
+        )
+        await client.enqueue(message)
         return TaskHandle(message.task_id, self._client, task.signature.decode_result)
+
+    @asynccontextmanager
+    async def remote_task_group(self) -> AsyncIterator[RemoteTaskGroup]:
+        """A task group whose children run on any worker: ``await group.start(task, ...)``.
+
+        Leaving the block waits until all children have ended. When one fails, or the
+        block does, or is cancelled, the others are cancelled and waited for. Children
+        whose parent's process has died are cancelled by their workers. A task that waits
+        here for its children gives its slot of `max_running_tasks` away meanwhile.
+
+        Raises:
+            ExceptionGroup: of the children's `RemoteTaskError` (or `TaskCanceled`, when
+                somebody else canceled one) and of what the block itself raised.
+            NotConnected: outside of `connect` and of a worker.
+        """
+        async with open_remote_task_group(
+            self._client(), self._queue_child, grace=self.settings.cancel_grace
+        ) as group:
+            yield group
+
+    async def _queue_child(
+        self,
+        task: Task[Any, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        task_id: str,
+        parent_owner: str,
+    ) -> TaskHandle[Any]:
+        options = task.call_options.updated(task_id=task_id)
+        return await self._schedule(task, options, args, kwargs, parent_owner=parent_owner)
 
     def handle(self, task_id: str) -> TaskHandle[Any]:
         """Return a handle for a known id; asks no server.
@@ -211,7 +279,7 @@ class TaskApp:
         self,
         *,
         prefix: str = "",
-        status: TaskStatus | None = None,
+        status: TaskStatus | str | None = None,
         after: str | None = None,
         limit: int = 100,
     ) -> Sequence[TaskState]:
@@ -223,7 +291,7 @@ class TaskApp:
             after: only ids behind this one; the last of one page gives the next.
             limit: how many at most.
         """
-        records = await self._client().list(prefix, status, after, limit)
+        records = await self._client().list(prefix, _status(status), after, limit)
         return [state_from(record, (), _as_it_is) for record in records]
 
     # ------------------------------------------------------------------ working
@@ -339,6 +407,13 @@ class TaskApp:
             "this needs a connection, and there is none on this event loop: put it within "
             "`async with app.connect():` (or run it in a worker)"
         )
+
+
+def _status(value: TaskStatus | str | None) -> TaskStatus | None:
+    try:
+        return None if value is None else TaskStatus(value)
+    except ValueError:
+        raise ArgumentsError(f"status={value!r}: must be one of {', '.join(TaskStatus)}") from None
 
 
 def _as_it_is(text: str) -> Any:

@@ -11,11 +11,13 @@ from anyio.abc import TaskStatus as StartReport
 from ..core.lifecycle import TaskStatus
 from ..core.message import Message
 from ..core.operations import LogEntry
+from ..core.outcome import CancelReason
 from ..core.record import TaskRecord
 from ..runtime.batching import StateClient
 from ..runtime.failures import single_error
 from ..runtime.io_loop import IoLoop
 from ..runtime.link import Link, Servers
+from ..runtime.presence import Presence, new_incarnation
 from ..runtime.producer import Producer
 from ..settings import Settings
 
@@ -42,8 +44,11 @@ class Client:
     async def events(self, task_id: str, after: str | None, limit: int) -> Sequence[LogEntry]:
         return await self._io.call(self._producer.events, task_id, after, limit)
 
-    async def cancel(self, task_id: str) -> bool:
-        return await self._io.call(self._producer.cancel, task_id)
+    async def cancel(self, task_id: str, reason: CancelReason = CancelReason.USER) -> bool:
+        return await self._io.call(self._producer.cancel, task_id, reason)
+
+    async def be_present(self) -> str:
+        return await self._io.call(self._producer.be_present)
 
     async def wait(self, task_id: str) -> TaskRecord:
         return await self._io.call(self._producer.wait, task_id)
@@ -61,8 +66,15 @@ class _ClientService:
         store = servers.make_store()
         self._state = StateClient(store)
         self._link = Link(servers.make_broker(), self._state, servers.topology, settings)
+        owner = new_incarnation()
         self.producer = Producer(
-            self._link, store, self._state, state_ttl=settings.state_ttl, clock=clock
+            self._link,
+            store,
+            self._state,
+            owner=owner,
+            presence=Presence(self._state, owner, settings.presence_ttl, {"role": "producer"}),
+            state_ttl=settings.state_ttl,
+            clock=clock,
         )
 
     async def run(self, *, task_status: StartReport[None] = anyio.TASK_STATUS_IGNORED) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import anyio
 from pydantic_core import from_json
@@ -12,14 +12,19 @@ from ..core.checks import check_seconds
 from ..core.lifecycle import TaskStatus
 from ..core.record import TaskRecord
 from ..exceptions import RemoteTaskError, ResultTimeout, TaskCanceled
+from ..runtime.attempt import attempt_or_none
 from .client import Client
+from .events import TaskEvents
 from .state import TaskState, state_from
 
 __all__ = ["TaskHandle"]
 
 R_co = TypeVar("R_co", covariant=True)
 
-EVENTS_IN_STATE = 1_000
+EVENTS_IN_STATE: Final = 1_000
+
+SHORT_WAIT: Final = 0.1
+"""Seconds for which a task that waits for another keeps its slot."""
 
 
 class TaskHandle(Generic[R_co]):
@@ -116,6 +121,29 @@ class TaskHandle(Generic[R_co]):
         """
         return await self._client().cancel(self.task_id)
 
+    def events(self, after: str | None = None) -> TaskEvents:
+        """Iterate over the task's event log, as it grows, until the task has ended.
+
+        Args:
+            after: the `position` of the entry to go on behind; None from the beginning.
+
+        Raises:
+            TaskNotFound: (from the iteration) nothing is known about the task.
+        """
+        return TaskEvents(self.task_id, self._client(), after)
+
+    async def _wait_for_end(self) -> TaskRecord:
+        client = self._client()
+        attempt = attempt_or_none()
+        if attempt is None:
+            return await client.wait(self.task_id)
+        # A task that waits for another gives it its slot, which it may need. Most waits
+        # are short, and then not worth the trouble.
+        with anyio.move_on_after(SHORT_WAIT):
+            return await client.wait(self.task_id)
+        async with attempt.without_slot():
+            return await client.wait(self.task_id)
+
     async def _wait(self, timeout: float | None) -> TaskRecord:
         limit = check_seconds(timeout, "timeout", zero=True)
         if limit == 0:
@@ -124,7 +152,7 @@ class TaskHandle(Generic[R_co]):
                 return record
         else:
             with anyio.move_on_after(limit):
-                return await self._client().wait(self.task_id)
+                return await self._wait_for_end()
         raise ResultTimeout(f"task {self.task_id!r} has not ended within {limit:g} s")
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
-from ..core.checks import check_seconds
+import anyio
+
+from ..core.checks import check_instant, check_seconds
 from ..core.message import Message, check_task_id
+from ..exceptions import ArgumentsError
 from ..registry import TaskDefinition
 
 __all__ = ["CallOptions"]
@@ -22,11 +27,36 @@ class CallOptions:
     """None for a new random one. An id that is known already stands for that task."""
     timeout: float | None = None
     """Seconds that one attempt may take; None for what the task says."""
+    deadline: datetime | None = None
+    """When nobody needs the result any more: a task past it is not started, and one that
+    runs is stopped. None for the deadline of the caller's own cancel scopes."""
+    inherit_deadline: bool = True
+    """Whether the deadline of the caller's cancel scopes travels along."""
+    countdown: float | None = None
+    """Seconds from now before which the task is not started."""
+    eta: datetime | None = None
+    """The time before which the task is not started."""
+
+    def updated(self, **given: Any) -> CallOptions:
+        """Return these options with those of `given` that are not None."""
+        return replace(self, **{key: value for key, value in given.items() if value is not None})
 
     def message(
-        self, task: TaskDefinition, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        task: TaskDefinition,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        now: float,
+        parent: str | None,
+        parent_owner: str | None = None,
     ) -> Message:
         """Return the message of a call.
+
+        Args:
+            now: seconds since the epoch.
+            parent: id of the task that calls.
+            parent_owner: incarnation of who waits for the task, and must be alive.
 
         Raises:
             ArgumentsError: an argument or an option is not what it must be.
@@ -38,4 +68,23 @@ class CallOptions:
             args=plain_args,
             kwargs=plain_kwargs,
             timeout=check_seconds(self.timeout, "timeout"),
+            deadline=self._deadline(now),
+            due=self._due(now),
+            parent=parent,
+            parent_owner=parent_owner,
         )
+
+    def _deadline(self, now: float) -> float | None:
+        deadline = check_instant(self.deadline, "deadline")
+        if deadline is not None or not self.inherit_deadline:
+            return deadline
+        left = anyio.current_effective_deadline() - anyio.current_time()
+        return None if left == math.inf else now + max(left, 0.0)
+
+    def _due(self, now: float) -> float | None:
+        if self.countdown is not None and self.eta is not None:
+            raise ArgumentsError(
+                f"countdown={self.countdown!r} and eta={self.eta!r}: only one of them can be given"
+            )
+        seconds = check_seconds(self.countdown, "countdown", zero=True)
+        return check_instant(self.eta, "eta") if seconds is None else now + seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from datetime import datetime
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from ..core.retry import RetryPolicy
@@ -42,9 +43,10 @@ class Task(TaskDefinition, Generic[P, R]):
         name: str | None = None,
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
+        process: bool = False,
         options: CallOptions | None = None,
     ) -> None:
-        super().__init__(func, name=name, retry=retry, timeout=timeout)
+        super().__init__(func, name=name, retry=retry, timeout=timeout, process=process)
         self._scheduler = scheduler
         self._options = options or CallOptions()
         self.__doc__ = func.__doc__
@@ -61,13 +63,33 @@ class Task(TaskDefinition, Generic[P, R]):
         """
         return self._scheduler.schedule(self, self._options, args, kwargs)
 
-    def options(self, *, task_id: str | None = None, timeout: float | None = None) -> Task[P, R]:
-        """Return the same task with options for its calls: ``task.options(...)(...)``."""
+    @property
+    def call_options(self) -> CallOptions:
+        """The options that its calls are queued with."""
+        return self._options
+
+    def options(
+        self,
+        *,
+        task_id: str | None = None,
+        timeout: float | None = None,
+        deadline: datetime | None = None,
+        inherit_deadline: bool | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+    ) -> Task[P, R]:
+        """Return the same task with options for its calls: ``task.options(...)(...)``.
+
+        See `CallOptions` for what they mean.
+        """
         other: Task[P, R] = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        mine = self._options
-        other._options = CallOptions(
-            task_id=mine.task_id if task_id is None else task_id,
-            timeout=mine.timeout if timeout is None else timeout,
+        other._options = self._options.updated(
+            task_id=task_id,
+            timeout=timeout,
+            deadline=deadline,
+            inherit_deadline=inherit_deadline,
+            countdown=countdown,
+            eta=eta,
         )
         return other

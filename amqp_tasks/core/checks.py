@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Any
 
 from ..exceptions import AmqpTasksError, ArgumentsError
 
-__all__ = ["check_seconds"]
+__all__ = ["check_instant", "check_seconds"]
 
 
 def check_seconds(
@@ -31,7 +32,29 @@ def check_seconds(
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise error(f"{name}={value!r}: must be a number of seconds, or None")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
         least = "0 or more" if zero else "above 0"
-        raise error(f"{name}={value!r}: must be a finite number of seconds, {least}")
-    return float(value)
+        raise error(f"{name}={value!r:.80}: must be a finite number of seconds, {least}")
+    return seconds
+
+
+def check_instant(value: Any, name: str) -> float | None:
+    """Return an aware datetime as seconds since the epoch; None stays None.
+
+    Raises:
+        ArgumentsError: it is no datetime, or has no time zone.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, datetime):
+        raise ArgumentsError(f"{name}={value!r}: must be a datetime with a time zone, or None")
+    if value.tzinfo is None:
+        raise ArgumentsError(
+            f"{name}={value!r}: has no time zone, so it could be any of 24 hours; add one: "
+            "datetime.now(UTC), or value.replace(tzinfo=...)"
+        )
+    return value.timestamp()

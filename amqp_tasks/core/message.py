@@ -10,7 +10,9 @@ from queue to queue. What changes, or concerns the framework alone, is in header
 ``task-due``              not to be started before; seconds since the epoch
 ``task-deadline``         not to be started after; seconds since the epoch
 ``task-timeout``          seconds that one attempt may take, where the caller said
-``task-parent``           id of the task that waits for this one
+``task-parent``           id of the task that called this one
+``task-parent-owner``     incarnation of who waits for this task: gone, it is canceled
+``task-parked``           how often this copy has waited while the task ran elsewhere
 ========================  =======================================================
 
 Any other header with a text value (trace context, for one) is passed on from attempt
@@ -44,6 +46,8 @@ DUE: Final = "task-due"
 DEADLINE: Final = "task-deadline"
 TIMEOUT: Final = "task-timeout"
 PARENT: Final = "task-parent"
+PARENT_OWNER: Final = "task-parent-owner"
+PARKED: Final = "task-parked"
 
 _OUR_PREFIXES: Final = ("task-", "error-", "x-")
 
@@ -64,6 +68,8 @@ class Message:
     deadline: float | None = None
     timeout: float | None = None
     parent: str | None = None
+    parent_owner: str | None = None
+    parked: int = 0
     foreign: Mapping[str, str] = field(default_factory=dict)
     """Headers of others."""
     body: bytes = b""
@@ -105,16 +111,22 @@ class Message:
         """Return the headers to publish this message with."""
         ours = {
             ATTEMPT: self.attempt,
-            DUE: self.due,
-            DEADLINE: self.deadline,
-            TIMEOUT: self.timeout,
+            DUE: _as_text(self.due),
+            DEADLINE: _as_text(self.deadline),
+            TIMEOUT: _as_text(self.timeout),
             PARENT: self.parent,
+            PARENT_OWNER: self.parent_owner,
+            PARKED: self.parked or None,
         }
         return {**self.foreign, **{key: value for key, value in ours.items() if value is not None}}
 
     def for_attempt(self, attempt: int, *, due: float | None) -> Message:
         """Return the same call, for another attempt that is due at `due`."""
-        return replace(self, attempt=attempt, due=due)
+        return replace(self, attempt=attempt, due=due, parked=0)
+
+    def parked_again(self, times: int = 1) -> Message:
+        """Return the same message, for a copy that waits while the task is being run."""
+        return replace(self, parked=self.parked + times)
 
 
 def decode(body: bytes, headers: Mapping[str, Any] | None = None) -> Message:
@@ -179,8 +191,17 @@ def error_headers(failure: Failure, *, attempt: int, worker: str, at: float) -> 
         "error-traceback": failure.traceback[-MAX_HEADER_TEXT:],
         "error-attempt": attempt,
         "error-worker": worker,
-        "error-at": at,
+        "error-at": _as_text(at),
     }
+
+
+def _as_text(seconds: float | None) -> str | None:
+    """Return a number of seconds as a text that gives the same number when it is read.
+
+    A float in a header is written in single precision by pamqp (4.0): two minutes more or
+    less in a time since the epoch.
+    """
+    return None if seconds is None else repr(float(seconds))
 
 
 def _body_object(body: bytes) -> dict[str, Any]:
@@ -204,11 +225,13 @@ def _take(
 
 def _read_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "attempt": _attempt(headers.get(ATTEMPT, 1)),
+        "attempt": _whole(headers, ATTEMPT, default=1, least=1),
+        "parked": _whole(headers, PARKED, default=0, least=0),
         "due": _seconds(headers, DUE),
         "deadline": _seconds(headers, DEADLINE),
         "timeout": _seconds(headers, TIMEOUT),
-        "parent": _parent(headers.get(PARENT)),
+        "parent": _name(headers, PARENT),
+        "parent_owner": _name(headers, PARENT_OWNER),
         "foreign": {
             key: value
             for key, value in headers.items()
@@ -217,9 +240,10 @@ def _read_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _attempt(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise DecodeError(f"header {ATTEMPT}={_short(value)}: must be a whole number from 1")
+def _whole(headers: Mapping[str, Any], key: str, *, default: int, least: int) -> int:
+    value = headers.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise DecodeError(f"header {key}={_short(value)}: must be a whole number from {least}")
     return value
 
 
@@ -227,19 +251,28 @@ def _seconds(headers: Mapping[str, Any], key: str) -> float | None:
     value = headers.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DecodeError(f"header {key}={_short(value)}: must be a number of seconds")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, str | int | float):
+        try:
+            seconds = float(value)
+        except (ValueError, OverflowError):
+            seconds = math.nan
+        if math.isfinite(seconds):
+            return seconds
+    raise DecodeError(f"header {key}={_short(value)}: must be a number of seconds")
 
 
-def _parent(value: object) -> str | None:
+def _name(headers: Mapping[str, Any], key: str) -> str | None:
+    value = headers.get(key)
     problem = None if value is None else task_id_problem(value)
     if problem is not None:
-        raise DecodeError(f"header {PARENT}={_short(value)}: {problem}")
+        raise DecodeError(f"header {key}={_short(value)}: {problem}")
     assert value is None or isinstance(value, str)
     return value
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a deep nesting
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from .lifecycle import Event, TaskStatus, advance, sources, target
 from .record import Owed, TaskRecord
 
 __all__ = [
+    "YIELDING",
     "AppendEvents",
     "Beat",
     "CancelAnswer",
@@ -219,6 +220,11 @@ class Settle(Operation["Settled"]):
     reason: str | None = None
     due: float | None = None
     owed: Owed | None = None
+
+
+YIELDING: Final = frozenset({Event.RETRY, Event.RELEASE})
+"""Events to which a cancel request is preferred that came while the attempt was ending:
+nobody would look for it any more, and a task that shall be cancelled does not go on."""
 
 
 class Settled(str):
@@ -474,6 +480,8 @@ def _settle(record: TaskRecord | None, op: Settle) -> tuple[TaskRecord | None, S
     if record.status not in sources(op.event):
         repeated = record.status is target(op.event) and record.attempt == op.attempt
         return record, WRITTEN if repeated else STALE
+    if record.cancel is not None and op.event in YIELDING:
+        return _canceled(record, record.cancel, now=op.now, ttl=op.ttl), WRITTEN
     status = target(op.event)
     settled = replace(
         record,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 
 from ..exceptions import DefinitionError
@@ -37,10 +37,17 @@ class RetryPolicy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise DefinitionError(f"RetryPolicy.{name}={value!r}: must be a number")
-            if not math.isfinite(value) or value < 0:
+            if not 0 <= value <= sys.float_info.max:
                 raise DefinitionError(
-                    f"RetryPolicy.{name}={value!r}: must be a finite number, 0 or more"
+                    f"RetryPolicy.{name}={value!r:.80}: must be a finite number, 0 or more"
                 )
+        kinds = self.retry_on
+        if not isinstance(kinds, tuple) or not all(
+            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
+        ):
+            raise DefinitionError(
+                f"RetryPolicy.retry_on={kinds!r}: must be a tuple of exception classes"
+            )
         if self.backoff < 1:
             raise DefinitionError(f"RetryPolicy.backoff={self.backoff!r}: must be 1 or more")
         if self.jitter > 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from pydantic_core import to_json
 
@@ -33,6 +33,7 @@ __all__ = [
     "Verdict",
     "WriteState",
     "dead_letter",
+    "guard",
     "park",
     "publish_retry",
     "settle",
@@ -194,9 +195,26 @@ def wait_for(message: Message, topology: Topology, *, now: float) -> Publication
     return Publication(queue=queue, body=message.body, headers=message.headers())
 
 
-def park(message: Message, topology: Topology, *, step_ms: int) -> Publication:
-    """Return the publication that brings `message` back, unchanged, after `step_ms`."""
-    return Publication(queue=topology.step(step_ms), body=message.body, headers=message.headers())
+PARK_MS: Final = (1_000, 5_000)
+PARKED_SHORTLY: Final = 10
+"""A parked copy comes back every second at first, because the common case is a worker
+that has just died; after ten times less often, because then the task is a long one."""
+
+
+def park(message: Message, topology: Topology) -> Publication:
+    """Return the publication of a copy that waits while the task is being run."""
+    step = PARK_MS[message.parked >= PARKED_SHORTLY]
+    again = message.parked_again()
+    return Publication(queue=topology.step(step), body=again.body, headers=again.headers())
+
+
+def guard(message: Message, topology: Topology) -> Publication:
+    """Return the publication of a copy that keeps a task whose delivery is acked early.
+
+    It comes back now and then, finds the task running, and waits again; or finds its
+    worker gone, and the task starts anew.
+    """
+    return park(message.parked_again(PARKED_SHORTLY), topology)
 
 
 def _writer(message: Message, lease: Lease, rules: Rules, now: float) -> Callable[..., WriteState]:

@@ -25,6 +25,8 @@ class FunctionKind(Enum):
     """An async generator; what it yields goes into the event log or the result."""
     SYNC = auto()
     """In a worker thread."""
+    PROCESS = auto()
+    """A synchronous function, in a process of its own."""
 
 
 class TaskDefinition:
@@ -35,6 +37,7 @@ class TaskDefinition:
         name: the name it is registered under; by default the one it can be imported by.
         retry: None for the app's default.
         timeout: seconds that one attempt may take; None for no limit.
+        process: run it, a synchronous function, in a process of its own.
 
     Raises:
         DefinitionError: see `check_function`.
@@ -47,6 +50,7 @@ class TaskDefinition:
         name: str | None = None,
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
+        process: bool = False,
     ) -> None:
         function = check_function(func, named=name is not None)
         if name is not None and (not isinstance(name, str) or not name.isprintable() or not name):
@@ -54,13 +58,22 @@ class TaskDefinition:
         if retry is not None and not isinstance(retry, RetryPolicy):
             raise DefinitionError(f"retry={retry!r}: must be a RetryPolicy, or None")
         self.func: Callable[..., Any] = func
+        self._function = function
         self.name = name or importable_name(function)
         self.retry = retry
         self.timeout = check_seconds(timeout, "timeout", error=DefinitionError)
         self.kind = _kind_of(function)
+        if process:
+            self.kind = _in_process(self.kind, function)
         self.signature = CallSignature(
             func, self.name, collects=self.kind is FunctionKind.GENERATOR
         )
+
+    @property
+    def location(self) -> tuple[str, str]:
+        """Module and name by which another process finds the function."""
+        module, _, name = importable_name(self._function).rpartition(".")
+        return module, name
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -77,3 +90,17 @@ def _kind_of(func: FunctionType) -> FunctionKind:
             "generator, or return a list"
         )
     return FunctionKind.SYNC
+
+
+def _in_process(kind: FunctionKind, func: FunctionType) -> FunctionKind:
+    if kind is not FunctionKind.SYNC:
+        raise DefinitionError(
+            f"{func.__qualname__} is asynchronous and cannot have process=True: there is no event "
+            "loop in that process; write it as a plain function"
+        )
+    if "<locals>" in func.__qualname__:
+        raise DefinitionError(
+            f"{func.__qualname__} cannot have process=True: another process cannot import it. "
+            "Make it a function of its module"
+        )
+    return FunctionKind.PROCESS

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import Any, NotRequired
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic.errors import PydanticUserError
+from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from ..exceptions import ArgumentsError, DefinitionError
@@ -57,7 +57,7 @@ class CallSignature:
             plain = self._arguments.dump_python(values, mode="json", by_alias=True, round_trip=True)
         except ValidationError as error:
             raise ArgumentsError(f"task {self._name!r}: {_explain(error)}") from error
-        except (PydanticSerializationError, ValueError) as error:
+        except Exception as error:  # validators and serializers are the user's code
             raise ArgumentsError(
                 f"task {self._name!r}: an argument cannot be written as JSON: {error}"
             ) from error
@@ -80,6 +80,10 @@ class CallSignature:
             )
         except ValidationError as error:
             raise ArgumentsError(f"task {self._name!r}: {_explain(error)}") from error
+        except Exception as error:  # validators are the user's code
+            raise ArgumentsError(
+                f"task {self._name!r}: an argument cannot be read: {type(error).__name__}: {error}"
+            ) from error
         bound.arguments.update(values)
         return bound.args, bound.kwargs
 
@@ -96,7 +100,7 @@ class CallSignature:
             raise ArgumentsError(
                 f"task {self._name!r}: its result does not fit its annotation: {_explain(error)}"
             ) from error
-        except (PydanticSerializationError, ValueError, RecursionError) as error:
+        except Exception as error:  # validators and serializers are the user's code
             raise ArgumentsError(
                 f"task {self._name!r}: its result cannot be written as JSON: {error}"
             ) from error
@@ -117,9 +121,10 @@ class CallSignature:
     def _hints(self) -> dict[str, Any]:
         try:
             return typing.get_type_hints(self._func, include_extras=True)
-        except NameError as error:
+        except Exception as error:  # annotations are evaluated, and can raise anything
             raise DefinitionError(
-                f"task {self._name!r}: an annotation names what is not there: {error}"
+                f"task {self._name!r}: an annotation cannot be evaluated: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     @cached_property
@@ -143,7 +148,7 @@ class CallSignature:
     def _adapter(self, hint: Any) -> TypeAdapter[Any]:
         try:
             return TypeAdapter(hint)
-        except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation) as error:
+        except PydanticUserError as error:
             raise DefinitionError(
                 f"task {self._name!r}: an annotation has a type that cannot travel as JSON: "
                 f"{str(error).splitlines()[0]}"

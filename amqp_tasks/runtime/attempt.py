@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from enum import StrEnum
 from typing import Any
@@ -14,7 +15,13 @@ from pydantic_core import to_json
 from ..core.outcome import CancelReason
 from ..exceptions import AmqpTasksError, StateStoreError
 
-__all__ = ["Attempt", "MessageType", "current_attempt"]
+__all__ = [
+    "Attempt",
+    "MessageType",
+    "attempt_or_none",
+    "current_attempt",
+    "set_current_attempt",
+]
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +68,8 @@ class Attempt:
         cancel_scope: anyio.CancelScope,
         limit_reason: CancelReason,
         append: Append,
+        give_slot: Callable[[], Awaitable[None]],
+        take_slot: Callable[[], Awaitable[None]],
         clock: Callable[[], float],
     ) -> None:
         self.task_id = task_id
@@ -72,9 +81,10 @@ class Attempt:
         self.cancel_scope = cancel_scope
         self._limit_reason = limit_reason
         self._reason: CancelReason | None = None
-        self.stopped_by: BaseException | None = None
-        """For the executor: the cancellation, or what the task raised instead."""
         self._append = append
+        self._give_slot = give_slot
+        self._take_slot = take_slot
+        self._waiters = 0
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -92,6 +102,23 @@ class Attempt:
         if self.cancel_reason is None:
             self._reason = reason
             self.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def without_slot(self) -> AsyncIterator[None]:
+        """Let another task have this one's slot in the worker, for as long as the block.
+
+        For a task that waits for other tasks: those may need the slot. Leaving the block
+        waits for a slot, unless the task is being cancelled.
+        """
+        self._waiters += 1
+        if self._waiters == 1:
+            await self._give_slot()
+        try:
+            yield
+        finally:
+            self._waiters -= 1
+            if self._waiters == 0 and not self.cancel_scope.cancel_called:
+                await self._take_slot()
 
     async def log(self, message: Any) -> None:
         """Append a message (any JSON value) to the task's event log.
@@ -115,10 +142,15 @@ def current_attempt() -> Attempt:
     Raises:
         AmqpTasksError: the caller does not run in a task.
     """
-    try:
-        return _current.get()
-    except LookupError:
-        raise AmqpTasksError("current_attempt() was called outside of a task") from None
+    attempt = attempt_or_none()
+    if attempt is None:
+        raise AmqpTasksError("current_attempt() was called outside of a task")
+    return attempt
+
+
+def attempt_or_none() -> Attempt | None:
+    """Return the attempt in which the caller runs, if it does."""
+    return _current.get(None)
 
 
 def set_current_attempt(attempt: Attempt) -> None:

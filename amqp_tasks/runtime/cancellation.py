@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from ..abc import Listener, StateStore
-from ..core.operations import Poll
+from ..core.operations import IsAlive, Poll
 from ..core.outcome import CancelReason
 from ..exceptions import StateStoreError
 from .batching import StateClient
@@ -30,6 +30,11 @@ class Cancellable(Protocol):
 
     @property
     def fence(self) -> int: ...
+
+    @property
+    def parent_owner(self) -> str | None:
+        """Incarnation of who waits for this task, if anybody."""
+        ...
 
     def cancel(self, reason: CancelReason) -> None: ...
 
@@ -47,6 +52,7 @@ class CancelWatch:
     ) -> None:
         self._store = store
         self._state = state
+        self._owner = owner
         self._topic = f"cancel:{owner}"
         self._running = running
         self._interval = interval
@@ -60,6 +66,7 @@ class CancelWatch:
             while True:
                 await anyio.sleep(self._interval)
                 await self.look(list(self._running))
+                await self._look_for_orphans()
 
     async def look(self, task_ids: Iterable[str]) -> None:
         """Ask about these tasks, and cancel those that shall not, or must not, go on."""
@@ -76,6 +83,16 @@ class CancelWatch:
                 task.cancel(CancelReason.LEASE_LOST)
             elif answer.cancel is not None:
                 task.cancel(_reason(answer.cancel))
+
+    async def _look_for_orphans(self) -> None:
+        """Cancel the tasks for which nobody waits any more: their parent's process is gone."""
+        owners = {task.parent_owner for task in self._running.values()} - {None, self._owner}
+        asked = [owner for owner in owners if owner is not None]
+        answers = await self._state.ask_all([IsAlive(owner=owner) for owner in asked])
+        gone = {owner for owner, answer in zip(asked, answers, strict=True) if answer is False}
+        for task in list(self._running.values()):
+            if task.parent_owner in gone:
+                task.cancel(CancelReason.PARENT)
 
     async def _hear(self, listener: Listener) -> None:
         async for _, task_id in listener:

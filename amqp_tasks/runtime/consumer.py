@@ -11,11 +11,11 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import anyio
 
-from ..abc import Delivery
 from ..core.lifecycle import Event
 from ..core.message import Message, decode
 from ..core.operations import (
@@ -51,6 +51,7 @@ from ..core.settlement import (
     Verdict,
     WriteState,
     dead_letter,
+    guard,
     park,
     publish_retry,
     settle,
@@ -64,14 +65,11 @@ from .executor import Executor, Job
 from .failures import describe, failure_from_text
 from .io_loop import IoLoop
 from .link import Link, pauses
+from .ticket import Ticket
 
 __all__ = ["Consumer", "Running"]
 
 log = logging.getLogger(__name__)
-
-PARK_MS: Final = 1_000
-"""How long the copy of a message waits while another delivery of it is being run: the
-time that a task is late, at most, when its worker has died."""
 
 EARLY: Final = 0.005
 """Seconds before its time at which a message counts as due; clocks are not finer."""
@@ -80,8 +78,14 @@ EARLY: Final = 0.005
 class Running:
     """A task that runs here, on the I/O loop's side."""
 
-    def __init__(self, lease: Lease, cancel: Callable[[str, CancelReason], None]) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        parent_owner: str | None,
+        cancel: Callable[[str, CancelReason], None],
+    ) -> None:
         self.lease = lease
+        self.parent_owner = parent_owner
         self.fence = lease.fence
         self.ended = anyio.Event()
         self.outcome: Outcome | None = None
@@ -134,7 +138,7 @@ class Consumer:
         """Start no more attempts: what is not running yet is given back."""
         self._stopping.set()
 
-    async def handle(self, delivery: Delivery) -> None:
+    async def handle(self, delivery: Ticket) -> None:
         """Claim, run and settle one delivery."""
         try:
             message = decode(delivery.body, delivery.headers)
@@ -145,7 +149,12 @@ class Consumer:
             await self._wait_on(message, delivery)
             return
         lease_id = f"{self._owner}/{next(self._numbers)}"
-        answer = await self._claim(message, lease_id)
+        answer: ClaimAnswer | None
+        if message.task_id in self.running:
+            # Known without asking; and the store, were it emptied, would not know.
+            answer = Held(self._owner)
+        else:
+            answer = await self._claim(message, lease_id)
         match answer:
             case None:
                 delivery.requeue()
@@ -154,7 +163,7 @@ class Consumer:
                 await self._run_and_settle(message, lease, crashes, delivery)
             case Held(owner):
                 log.debug("task %s runs on %s: its copy waits", message.task_id, owner)
-                copy = park(message, self._link.topology, step_ms=PARK_MS)
+                copy = park(message, self._link.topology)
                 await self._link.publish_persistently(copy)
                 delivery.ack()
             case Ended() | Duplicate():
@@ -163,7 +172,7 @@ class Consumer:
             case Owing():
                 await self._carry_out(self._pay(message, answer), delivery)
 
-    async def _wait_on(self, message: Message, delivery: Delivery) -> None:
+    async def _wait_on(self, message: Message, delivery: Ticket) -> None:
         publication = wait_for(message, self._link.topology, now=self._clock())
         await self._link.publish_persistently(publication)
         delivery.ack()
@@ -204,43 +213,61 @@ class Consumer:
         return await state.ask(replace(claim, presumed_dead=answer.owner, now=self._clock()))
 
     async def _run_and_settle(
-        self, message: Message, lease: Lease, crashes: int, delivery: Delivery
+        self, message: Message, lease: Lease, crashes: int, delivery: Ticket
     ) -> None:
         definition = self._find(message.func)
         if isinstance(definition, UnknownTask):
             outcome: Outcome = Failed(describe(definition, Reason.UNKNOWN_TASK), may_retry=False)
         else:
-            outcome = self._obstacle(message, crashes) or await self._run(
-                message, lease, definition
+            outcome = await self._obstacle(message, crashes) or await self._run(
+                message, lease, definition, delivery
             )
         rules, spread = self._rules(definition), random.uniform(-1, 1)  # noqa: S311
         effects = settle(outcome, message, lease, rules, now=self._clock(), spread=spread)
         _log_outcome(message, outcome, effects)
         await self._carry_out(effects, delivery)
 
-    async def _run(self, message: Message, lease: Lease, definition: TaskDefinition) -> Outcome:
-        running = Running(lease, self._cancel)
+    async def _run(
+        self, message: Message, lease: Lease, definition: TaskDefinition, ticket: Ticket
+    ) -> Outcome:
+        running = Running(lease, message.parent_owner, self._cancel)
         job = Job(
             definition=definition,
             message=message,
             lease=lease,
             retry=definition.retry or self._default_retry,
             report=running.report,
+            give_slot=partial(self._give_slot, message, ticket),
+            take_slot=ticket.take_slot,
         )
         self.running[message.task_id] = running
         try:
             self._io.post_back(self._executor.submit, job)
             await running.ended.wait()
         finally:
-            del self.running[message.task_id]
+            if self.running.get(message.task_id) is running:
+                del self.running[message.task_id]
         assert running.outcome is not None
         return running.outcome
+
+    async def _give_slot(self, message: Message, ticket: Ticket) -> None:
+        """Let others have the slot of a task that waits, and its place at the broker.
+
+        The broker sends no more than it has room for, so a delivery that is merely held
+        stands in the way: a copy keeps the task instead, and the delivery is acked.
+        """
+        if not ticket.is_settled:
+            await self._link.publish_persistently(guard(message, self._link.topology))
+            ticket.ack()
+        ticket.give_slot()
 
     def _cancel(self, lease: str, reason: CancelReason) -> None:
         self._io.post_back(self._executor.cancel, lease, reason)
 
-    def _obstacle(self, message: Message, crashes: int) -> Outcome | None:
+    async def _obstacle(self, message: Message, crashes: int) -> Outcome | None:
         """Return why the attempt is not started, if so."""
+        if await self._is_orphan(message):
+            return Canceled(CancelReason.PARENT)
         if self._stopping.is_set():
             return GivenBack()
         if crashes >= self._settings.max_crashes:
@@ -256,6 +283,12 @@ class Consumer:
             failure = Failure(type="TimeoutError", message=text, reason=Reason.DEADLINE)
             return Failed(failure, may_retry=False)
         return None
+
+    async def _is_orphan(self, message: Message) -> bool:
+        owner = message.parent_owner
+        if owner is None or owner == self._owner:
+            return False
+        return not await self._link.ask_persistently(IsAlive(owner=owner))
 
     def _find(self, name: str) -> TaskDefinition | UnknownTask:
         try:
@@ -279,7 +312,7 @@ class Consumer:
             return dead_letter(message, failure, self._owner, rules, now=now)
         return publish_retry(message, debt.attempt, debt.due, rules, now=now)
 
-    async def _refuse_unreadable(self, delivery: Delivery, error: DecodeError) -> None:
+    async def _refuse_unreadable(self, delivery: Ticket, error: DecodeError) -> None:
         log.error("a message cannot be read and goes to the error queue: %s", error)
         failure = describe(error, Reason.UNDECODABLE)
         await self._carry_out(
@@ -294,7 +327,7 @@ class Consumer:
             delivery,
         )
 
-    async def _carry_out(self, effects: tuple[Effect, ...], delivery: Delivery) -> None:
+    async def _carry_out(self, effects: tuple[Effect, ...], delivery: Ticket) -> None:
         for effect in effects:
             match effect:
                 case WriteState(operation):

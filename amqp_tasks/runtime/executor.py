@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import math
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from ..core.message import Message
 from ..core.outcome import (
     CancelReason,
     Failed,
+    Failure,
     Outcome,
     Reason,
     Succeeded,
@@ -31,11 +33,11 @@ from ..core.outcome import (
 )
 from ..core.retry import RetryPolicy
 from ..core.settlement import Lease
-from ..exceptions import AmqpTasksError
 from ..registry import FunctionKind, TaskDefinition
 from .attempt import Attempt, MessageType, set_current_attempt
 from .failures import describe
 from .io_loop import Inbox, IoLoop
+from .process import RaisedInProcess, call_in_process
 
 __all__ = ["Executor", "Job"]
 
@@ -56,6 +58,9 @@ class Job:
     retry: RetryPolicy
     report: Callable[[Outcome], None]
     """Called on the I/O loop, once, when the attempt has ended."""
+    give_slot: Callable[[], Awaitable[None]]
+    take_slot: Callable[[], Awaitable[None]]
+    """On the I/O loop: let others have the slot of this attempt, and wait for one again."""
 
 
 class Executor:
@@ -63,18 +68,28 @@ class Executor:
 
     Args:
         max_threads: synchronous tasks that run at the same time, each in a thread.
+        cancel_grace: seconds after which a cancelled attempt that goes on is named.
         clock: seconds since the epoch.
     """
 
-    def __init__(self, io: IoLoop, *, max_threads: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        io: IoLoop,
+        *,
+        max_threads: int,
+        cancel_grace: float,
+        clock: Callable[[], float],
+    ) -> None:
         self.append: Append
         """Set by the worker before the first job."""
         self._io = io
+        self._cancel_grace = cancel_grace
         self._clock = clock
         self._inbox: Inbox[Job | tuple[str, CancelReason]] = Inbox()
         self._running: dict[str, Attempt] = {}
         self._serving = anyio.CancelScope(shield=True)
         self._threads = anyio.CapacityLimiter(max_threads)
+        self._processes = anyio.CapacityLimiter(os.cpu_count() or 1)
 
     def submit(self, job: Job) -> None:
         """Start an attempt soon."""
@@ -94,33 +109,57 @@ class Executor:
         The I/O loop must be able to count on an answer to what it submits: so the
         worker ends this service last, and nobody else does.
         """
-        async with anyio.create_task_group() as tasks:
-            task_status.started()
-            with self._serving:
-                while True:
-                    for item in await self._inbox.take():
-                        self._take(item, tasks)
+        async with anyio.create_task_group() as services:
+            services.start_soon(self._name_the_stubborn)
+            async with anyio.create_task_group() as attempts:
+                task_status.started()
+                with self._serving:
+                    while True:
+                        for item in await self._inbox.take():
+                            self._take(item, attempts)
+            services.cancel_scope.cancel()
+
+    async def _name_the_stubborn(self) -> None:
+        """Tell of attempts that were cancelled long ago and go on, each once."""
+        seen: dict[Attempt, float] = {}
+        while True:
+            await anyio.sleep(self._cancel_grace / 2)
+            now = anyio.current_time()
+            cancelled = [one for one in self._running.values() if one.cancel_reason is not None]
+            seen = {attempt: seen.get(attempt, now) for attempt in cancelled}
+            for attempt, since in seen.items():
+                if since + self._cancel_grace <= now:
+                    seen[attempt] = math.inf
+                    text = (
+                        f"cancelled ({attempt.cancel_reason}) {now - since:.0f} s ago, and goes on"
+                    )
+                    log.error("%r was %s: it shields itself, or swallows it", attempt, text)
+                    await attempt.emit("overdue", text)
 
     def _take(self, item: Job | tuple[str, CancelReason], tasks: TaskGroup) -> None:
         if isinstance(item, Job):
+            # At once, so that a cancellation which comes next finds it.
+            attempt = self._begin(item)
             # An empty context: a task is nobody's child but the framework's.
-            contextvars.Context().run(tasks.start_soon, self._attempt, item)
+            contextvars.Context().run(tasks.start_soon, self._attempt, item, attempt)
         else:
             lease, reason = item
-            attempt = self._running.get(lease)
-            if attempt is not None:
-                attempt.cancel(reason)
+            running = self._running.get(lease)
+            if running is not None:
+                running.cancel(reason)
 
-    async def _attempt(self, job: Job) -> None:
-        attempt = self._begin(job)
+    async def _attempt(self, job: Job, attempt: Attempt) -> None:
+        set_current_attempt(attempt)
+        # A failure if all else fails: whatever happens here, an answer is owed.
+        outcome: Outcome = Failed(Failure(type="RuntimeError", message="it ended without a word"))
         try:
             with attempt.cancel_scope:
                 outcome = await self._outcome(job, attempt)
+        except BaseException as error:
+            outcome = Failed(describe(error))
         finally:
             del self._running[job.lease.id]
-        if attempt.cancel_scope.cancelled_caught:
-            outcome = _cancelled(attempt)
-        self._io.post(job.report, outcome)
+            self._io.post(job.report, outcome)
 
     def _begin(self, job: Job) -> Attempt:
         message, now = job.message, self._clock()
@@ -139,37 +178,39 @@ class Executor:
             ),
             limit_reason=limit,
             append=partial(self.append, message.task_id, job.lease.fence),
+            give_slot=partial(self._io.call, job.give_slot),
+            take_slot=partial(self._io.call, job.take_slot),
             clock=self._clock,
         )
-        set_current_attempt(attempt)
         self._running[job.lease.id] = attempt
         return attempt
 
     async def _outcome(self, job: Job, attempt: Attempt) -> Outcome:
-        """Run the function; return how it ended, unless its cancellation is to be said so."""
+        """Run the function and return how it ended."""
         try:
             args, kwargs = job.definition.signature.decode_arguments(
                 job.message.args, job.message.kwargs
             )
-        except AmqpTasksError as error:
+        except Exception as error:  # validators are user code
             return Failed(describe(error, Reason.BAD_ARGUMENTS), may_retry=False)
         try:
             result = await self._call(job.definition, attempt, args, kwargs)
-        except anyio.get_cancelled_exc_class() as error:
-            if attempt.cancel_scope.cancel_called:
-                attempt.stopped_by = error
-                raise
-            # Nobody of ours asked for it. Taken for a success or a cancellation, the
-            # task would be lost without a trace.
-            return Failed(describe(error))
+        except RaisedInProcess as raised:
+            known = raised.error is not None
+            return Failed(
+                raised.failure,
+                may_retry=not known or isinstance(raised.error, job.retry.retry_on),
+            )
         except BaseException as error:
             if attempt.cancel_reason is not None:
-                attempt.stopped_by = error
-                return _cancelled(attempt)
-            return Failed(describe(error), may_retry=isinstance(error, job.retry.retry_on))
+                return _cancelled(attempt.cancel_reason, error)
+            # A cancellation that nobody of ours asked for is among these. Taken for a
+            # success or for a cancel, the task would be lost without a trace.
+            bare = isinstance(error, anyio.get_cancelled_exc_class())
+            return Failed(describe(error), may_retry=bare or isinstance(error, job.retry.retry_on))
         try:
             return Succeeded(job.definition.signature.encode_result(result))
-        except AmqpTasksError as error:
+        except Exception as error:
             return Failed(describe(error, Reason.BAD_RESULT), may_retry=False)
 
     async def _call(
@@ -181,6 +222,10 @@ class Executor:
             case FunctionKind.SYNC:
                 call = partial(definition.func, *args, **kwargs)
                 return await anyio.to_thread.run_sync(call, limiter=self._threads)
+            case FunctionKind.PROCESS:
+                return await call_in_process(
+                    definition, attempt, args, kwargs, limiter=self._processes
+                )
             case FunctionKind.GENERATOR:
                 return await self._collect(definition, attempt, args, kwargs)
 
@@ -213,11 +258,11 @@ _EXCEEDED = {
 }
 
 
-def _cancelled(attempt: Attempt) -> Outcome:
-    """Return the outcome of an attempt that was cancelled, and did not finish all the same."""
-    reason, error = attempt.cancel_reason, attempt.stopped_by
-    assert reason is not None
-    assert error is not None
+def _cancelled(reason: CancelReason, error: BaseException) -> Outcome:
+    """Return the outcome of an attempt that was cancelled, and did not finish all the same.
+
+    `error` is the cancellation itself, or what the task raised instead.
+    """
     failure = describe(error, Reason(reason) if reason in _EXCEEDED else None)
     if reason in _EXCEEDED and isinstance(error, anyio.get_cancelled_exc_class()):
         # The traceback says where the task was; its last line would be a riddle.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup, TaskStatus
 
-from ..abc import BrokerSession, Delivery
+from ..abc import BrokerSession
 from ..core.outcome import CancelReason
 from ..exceptions import BrokerError
 from ..settings import Settings
 from .consumer import Consumer
 from .link import Link, pauses
+from .ticket import Ticket
 
 __all__ = ["Intake"]
 
@@ -35,7 +37,8 @@ class Intake:
         self._slots = anyio.Semaphore(settings.max_running_tasks)
         self._tasks: TaskGroup
         self._taking = anyio.CancelScope()
-        self._patience = anyio.CancelScope()
+        self._patience: anyio.CancelScope | None = None
+        self._patient_until = math.inf
         self._stopping = False
         self._open = 0
         self._all_closed = anyio.Event()
@@ -49,7 +52,9 @@ class Intake:
 
     def hurry(self, grace: float) -> None:
         """Have `drain` wait no longer than `grace` seconds from now."""
-        self._patience.deadline = min(self._patience.deadline, anyio.current_time() + grace)
+        self._patient_until = min(self._patient_until, anyio.current_time() + grace)
+        if self._patience is not None:
+            self._patience.deadline = self._patient_until
 
     async def drain(self) -> None:
         """Stop taking, let what runs finish while `hurry` allows it, and give back the rest.
@@ -60,7 +65,7 @@ class Intake:
         self._stopping = True
         self._taking.cancel()
         self._consumer.stop()
-        with self._patience:
+        with anyio.CancelScope(deadline=self._patient_until) as self._patience:
             await self._wait_until_closed()
         await self.end_attempts()
         with anyio.move_on_after(self._settings.cancel_grace):
@@ -101,24 +106,22 @@ class Intake:
     async def _take_from(self, session: BrokerSession) -> None:
         prefetch = self._settings.max_running_tasks
         async with session.consume(self._link.topology.main.name, prefetch) as deliveries:
-            while True:
-                await self._slots.acquire()
-                delivery: Delivery | None = None
+            async for delivery in deliveries:
+                # In this order: a slot that waited for a delivery would be kept from the
+                # tasks that want theirs back.
                 try:
-                    delivery = await anext(deliveries, None)
-                finally:
-                    if delivery is None:
-                        self._slots.release()
-                if delivery is None:
-                    return
+                    await self._slots.acquire()
+                except BaseException:
+                    delivery.requeue()
+                    raise
                 self._open += 1
-                self._tasks.start_soon(self._see_through, delivery)
+                self._tasks.start_soon(self._see_through, Ticket(delivery, self._slots))
 
-    async def _see_through(self, delivery: Delivery) -> None:
+    async def _see_through(self, ticket: Ticket) -> None:
         try:
-            await self._consumer.handle(delivery)
+            await self._consumer.handle(ticket)
         finally:
-            self._slots.release()
+            ticket.give_slot()
             self._open -= 1
             if not self._open:
                 self._all_closed.set()

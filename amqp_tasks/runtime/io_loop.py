@@ -211,14 +211,18 @@ class ThreadLoop:
         self._to_io: _Postbox
         self._posted: Inbox[tuple[Callable[..., object], tuple[Any, ...]]]
         self._calls: anyio.abc.TaskGroup
+        self._calls_have_ended = False
+        self._stop: anyio.Event
         self._started = anyio.Event()
         self._ended = anyio.Event()
+        self._waited_for: set[anyio.Event] = set()
+        """Events of the task loop that the I/O loop is to set."""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     async def call(self, func: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
         call = _Call(func, args)
-        self.post(self._start_call, call)
+        self._post_call(call)
         await self._wait(call.done, call)
         return cast("T", call.answer())
 
@@ -241,7 +245,7 @@ class ThreadLoop:
                 self.post_back(report.event.set)
 
         call = _Call(run, ())
-        self.post(self._start_call, call)
+        self._post_call(call)
         await self._wait(report.event, call)
         if report.is_started:
             task_status.started()
@@ -256,25 +260,42 @@ class ThreadLoop:
 
     async def _wait(self, event: anyio.Event, call: _Call) -> None:
         try:
-            await event.wait()
+            await self._until(event)
         except BaseException:
             self.post(call.cancel)
             # Not for long: what runs there waits for events and can be cancelled.
             with anyio.CancelScope(shield=True):
-                await call.done.wait()
+                await self._until(call.done)
             raise
 
+    async def _until(self, event: anyio.Event) -> None:
+        """Wait for an event that the I/O loop sets, or for the end of that loop."""
+        if self._ended.is_set():
+            return
+        self._waited_for.add(event)
+        try:
+            await event.wait()
+        finally:
+            self._waited_for.discard(event)
+
+    def _post_call(self, call: _Call) -> None:
+        if not self._ended.is_set():
+            self.post(self._start_call, call)
+
     def _start_call(self, call: _Call) -> None:
-        self._calls.start_soon(call.run, self._to_tasks.post)
+        if not self._calls_have_ended:
+            self._calls.start_soon(call.run, self._to_tasks.post)
 
     async def start(self) -> None:
         self._thread.start()
         # A thread that was started must be waited for: `stop` does.
         with anyio.CancelScope(shield=True):
-            await self._started.wait()
+            await self._until(self._started)
+        if self._error is not None:
+            raise self._error
 
     async def stop(self) -> None:
-        self.post(self._end)
+        self.post(self._stop.set)
         with anyio.CancelScope(shield=True):
             await self._ended.wait()
         self._thread.join()  # it has nothing left to do but to return
@@ -287,19 +308,29 @@ class ThreadLoop:
         except BaseException as error:
             self._error = error
         finally:
-            self._to_tasks.post(self._ended.set)
+            self._to_tasks.post(self._on_ended)
+
+    def _on_ended(self) -> None:
+        self._ended.set()
+        for event in self._waited_for:
+            event.set()
 
     async def _main(self) -> None:
-        self._to_io, self._posted = _postbox_of_this_loop(), Inbox()
-        self._stopping = False
-        async with anyio.create_task_group() as self._calls:
-            self._to_tasks.post(self._started.set)
-            while not self._stopping:
-                for func, args in await self._posted.take():
-                    func(*args)
+        self._posted, self._stop = Inbox(), anyio.Event()
+        self._to_io = _postbox_of_this_loop()
+        # The calls within the taking: until the last has ended they can be cancelled.
+        async with anyio.create_task_group() as taking:
+            taking.start_soon(self._take_posted)
+            async with anyio.create_task_group() as self._calls:
+                self._to_tasks.post(self._started.set)
+                await self._stop.wait()
+            self._calls_have_ended = True
+            taking.cancel_scope.cancel()
 
-    def _end(self) -> None:
-        self._stopping = True
+    async def _take_posted(self) -> None:
+        while True:
+            for func, args in await self._posted.take():
+                func(*args)
 
 
 @asynccontextmanager

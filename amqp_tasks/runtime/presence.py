@@ -1,8 +1,11 @@
-"""A worker's sign of life: one key for all of its leases."""
+"""A sign of life: one key for all leases of a worker, or all children of a producer."""
 
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import secrets
 
 import anyio
 from anyio.abc import TaskStatus
@@ -12,13 +15,18 @@ from ..core.operations import Beat, Leave
 from ..exceptions import StateStoreError
 from .batching import StateClient
 
-__all__ = ["Presence"]
+__all__ = ["Presence", "new_incarnation"]
 
 log = logging.getLogger(__name__)
 
 
+def new_incarnation() -> str:
+    """Return an id for this start of a program: readable, and never the same again."""
+    return f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 class Presence:
-    """Says every third of `ttl` seconds that a worker is alive. `run` is its service."""
+    """Says every third of `ttl` seconds that `owner` is alive. `run` is its service."""
 
     def __init__(self, state: StateClient, owner: str, ttl: float, info: dict[str, object]) -> None:
         self._state = state
@@ -28,8 +36,8 @@ class Presence:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Appear, report the start, stay present until cancelled, and leave.
 
-        The start fails if the first sign cannot be given: without it, another worker
-        would take this one's tasks at once.
+        The start fails if the first sign cannot be given: without it, others would take
+        a worker's tasks, or cancel a producer's children, at once.
         """
         await self._state.ask(self._beat)
         task_status.started()

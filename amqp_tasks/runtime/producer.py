@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ..abc import Listener, StateStore
 from ..core.lifecycle import TaskStatus
@@ -32,6 +33,7 @@ from ..core.settlement import wait_for
 from ..exceptions import PublishFailed, StateStoreError, TaskNotFound
 from .batching import StateClient
 from .link import Link
+from .presence import Presence
 
 __all__ = ["Producer"]
 
@@ -51,8 +53,11 @@ class Producer:
     """Queues tasks and follows them. Call its methods within `open`.
 
     Args:
-        clock: seconds since the epoch.
+        owner: the incarnation that waits for tasks which are queued as children.
+        presence: says that `owner` is alive, from the first child on; None if somebody
+            else says so.
         state_ttl: seconds that the state of an ended task is kept.
+        clock: seconds since the epoch.
     """
 
     def __init__(
@@ -61,20 +66,38 @@ class Producer:
         store: StateStore,
         state: StateClient,
         *,
+        owner: str,
+        presence: Presence | None,
         state_ttl: float,
         clock: Callable[[], float],
     ) -> None:
         self._link = link
         self._state = state
         self._ends = EndWatch(store, state)
+        self._owner = owner
+        self._presence = presence
+        self._services: TaskGroup
         self._state_ttl = state_ttl
         self._clock = clock
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Listen for the ends of tasks, for as long as the block."""
-        async with self._ends.open():
-            yield
+        async with self._ends.open(), anyio.create_task_group() as self._services:
+            try:
+                yield
+            finally:
+                self._services.cancel_scope.cancel()
+
+    async def be_present(self) -> str:
+        """See to it that this producer counts as alive; return its incarnation.
+
+        Tasks that somebody waits for are canceled when nobody does any more.
+        """
+        presence, self._presence = self._presence, None
+        if presence is not None:
+            await self._services.start(presence.run)
+        return self._owner
 
     async def enqueue(self, message: Message) -> None:
         """Write the state of a new task and publish its message.
@@ -122,16 +145,14 @@ class Producer:
         """Return entries of a task's event log."""
         return await self._state.ask(ReadEvents(task_id=task_id, after=after, limit=limit))
 
-    async def cancel(self, task_id: str) -> bool:
+    async def cancel(self, task_id: str, reason: CancelReason) -> bool:
         """Cancel a task, or ask its worker to; False if it has ended.
 
         Raises:
             TaskNotFound: nothing is known about it.
         """
         answer = await self._state.ask(
-            RequestCancel(
-                task_id=task_id, reason=CancelReason.USER, now=self._clock(), ttl=self._state_ttl
-            )
+            RequestCancel(task_id=task_id, reason=reason, now=self._clock(), ttl=self._state_ttl)
         )
         if answer == UNKNOWN:
             _known(task_id, None)

@@ -5,8 +5,8 @@
     task loop   executor                  outlives all below: it owes them answers
                 └─ I/O loop   state       the store's client
                               ├─ presence, cancel watch
-                              └─ link     the broker's connection
-                                 └─ intake, and one task per delivery
+                              └─ intake   one task per delivery
+                                 └─ link  the broker's connection
 
 Each level can count on the ones above it until it has ended itself: deliveries are
 settled while the broker is connected, and the presence is there until the last attempt
@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -36,17 +35,12 @@ from .failures import single_error
 from .intake import Intake
 from .io_loop import IoLoop
 from .link import Link, Servers
-from .presence import Presence
+from .presence import Presence, new_incarnation
 from .producer import Producer
 
-__all__ = ["Worker", "new_incarnation", "open_worker"]
+__all__ = ["Worker", "open_worker"]
 
 log = logging.getLogger(__name__)
-
-
-def new_incarnation() -> str:
-    """Return an id for this start of a worker: readable, and never the same again."""
-    return f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 class Worker:
@@ -99,7 +93,15 @@ class _WorkerService:
         store = servers.make_store()
         self._state = state = StateClient(store)
         self._link = link = Link(servers.make_broker(), state, servers.topology, settings)
-        self.producer = Producer(link, store, state, state_ttl=settings.state_ttl, clock=clock)
+        self.producer = Producer(
+            link,
+            store,
+            state,
+            owner=self.owner,
+            presence=None,  # a worker has one anyway
+            state_ttl=settings.state_ttl,
+            clock=clock,
+        )
         consumer = Consumer(io, link, executor, registry, settings, owner=self.owner, clock=clock)
         self._intake = Intake(link, consumer, settings)
         self._watch = CancelWatch(
@@ -130,19 +132,20 @@ class _WorkerService:
                 ):
                     await lives.start(self._presence.run)
                     await lives.start(self._watch.run)
+                    await lives.start(self._intake.run)
                     try:
                         await self._serve(task_status)
                     finally:
                         # Also when the broker is lost for good: nobody else may start
                         # these tasks before they have stopped here.
+                        self._intake.hurry(0)
                         with anyio.CancelScope(shield=True):
-                            await self._intake.end_attempts()
+                            await self._intake.drain()
                     lives.cancel_scope.cancel()
             outside.cancel_scope.cancel()
 
     async def _serve(self, task_status: TaskStatus[None]) -> None:
         async with anyio.create_task_group() as tasks:
-            await tasks.start(self._intake.run)
             await tasks.start(self._link.run)
             task_status.started()
             await self._stop_called.wait()
@@ -167,7 +170,12 @@ async def open_worker(
 ) -> AsyncIterator[Worker]:
     """Run a worker for as long as the block; leaving the block stops it with its grace."""
     with single_error():
-        executor = Executor(io, max_threads=settings.max_running_tasks, clock=clock)
+        executor = Executor(
+            io,
+            max_threads=settings.max_running_tasks,
+            cancel_grace=settings.cancel_grace,
+            clock=clock,
+        )
         service = await io.make(_WorkerService, io, executor, servers, registry, settings, clock)
 
         async def append(task_id: str, fence: int, entry: str) -> None:

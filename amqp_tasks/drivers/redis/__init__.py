@@ -1,0 +1,5 @@
+"""A state store on Redis."""
+
+from .store import RedisStore
+
+__all__ = ["RedisStore"]

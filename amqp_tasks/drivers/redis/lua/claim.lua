@@ -1,0 +1,60 @@
+-- ARGV: the status of a task that runs, that of a canceled one, the ended statuses, attempt,
+--       lease, now, the least fence, the owner that is presumed dead with a slash after it
+--       ('' for none), expires_at if it is canceled, the channel for its end, then fields
+--       and values of a task that nobody knows.
+
+local RUNNING, CANCELED, ENDED = ARGV[1], ARGV[2], ARGV[3]
+local found = redis.call('HMGET', STATE, 'status', 'expires_at', 'attempt', 'fence', 'lease',
+  'crashes', 'cancel', 'owed')
+local status, expires_at, attempt = found[1], found[2], found[3]
+local fence, lease, crashes = tonumber(found[4] or 0), found[5] or '', found[6] or '0'
+local requested, owed = found[7], found[8]
+
+local function refuse(...)
+  return {status, status, expires_at, ...}
+end
+
+local function owing(due)
+  return refuse('owing', owed, attempt, due, redis.call('HGET', STATE, 'error'))
+end
+
+if status then
+  local known, asked = tonumber(attempt), tonumber(ARGV[4])
+  if among(ENDED, status) then
+    if owed == 'error' and known == asked then
+      return owing(false)
+    end
+    return refuse('ended', status)
+  end
+  if asked < known then
+    if owed == 'retry' and asked == known - 1 then
+      return owing(redis.call('HGET', STATE, 'due'))
+    end
+    return refuse('duplicate', attempt)
+  end
+  if status == RUNNING then
+    if lease == ARGV[5] then
+      return refuse('granted', found[4], crashes)
+    end
+    local owner = string.match(lease, '^(.*)/') or ''
+    if owner .. '/' ~= ARGV[8] then
+      return refuse('held', owner)
+    end
+    if requested then
+      cancel(CANCELED, requested, ARGV[6], ARGV[9], ARGV[10])
+      return {status, CANCELED, ARGV[9], 'ended', CANCELED}
+    end
+    crashes = string.format('%.0f', tonumber(crashes) + 1)
+  end
+else
+  redis.call('HSET', STATE, unpack(ARGV, 11))
+end
+
+fence = string.format('%.0f', math.max(fence + 1, tonumber(ARGV[7])))
+redis.call('HSET', STATE, 'status', RUNNING, 'attempt', ARGV[4], 'fence', fence,
+  'lease', ARGV[5], 'crashes', crashes, 'started_at', ARGV[6], 'updated_at', ARGV[6])
+redis.call('HDEL', STATE, 'due', 'owed')
+if expires_at then
+  expire(false)
+end
+return {status, RUNNING, false, 'granted', fence, crashes}

@@ -1,0 +1,23 @@
+-- ARGV: the status of a task that runs, that of a canceled one, the ended statuses, reason,
+--       now, expires_at if it is canceled, the channel for its end, the channel for cancel
+--       requests without the owner, task id.
+
+local found = redis.call('HMGET', STATE, 'status', 'expires_at', 'lease', 'cancel')
+local status, expires_at, lease, requested = found[1], found[2], found[3], found[4]
+
+if not status then
+  return {false, false, false, 'unknown'}
+end
+if among(ARGV[3], status) then
+  return {status, status, expires_at, 'ended'}
+end
+if status == ARGV[1] then
+  if not requested or requested == '' then
+    redis.call('HSET', STATE, 'cancel', ARGV[4])
+  end
+  local owner = string.match(lease or '', '^(.*)/') or ''
+  announce(ARGV[8] .. owner, ARGV[9])
+  return {status, status, expires_at, 'requested'}
+end
+cancel(ARGV[2], ARGV[4], ARGV[5], ARGV[6], ARGV[7])
+return {status, ARGV[2], ARGV[6], 'canceled'}
