@@ -2,7 +2,8 @@
 
 All derive from `AmqpTasksError`, so ``except AmqpTasksError`` catches what the
 framework has to say and nothing else. Each message names the value that was
-wrong and what would be right.
+wrong and what would be right. `LoopBlocked` alone is of another kind: it is no
+answer to a call, but stops the task that it hits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "DefinitionError",
     "DuplicateTask",
     "IllegalTransition",
+    "LoopBlocked",
     "NotConnected",
     "PublishFailed",
     "QueueMismatch",
@@ -160,3 +162,12 @@ class RemoteTaskError(AmqpTasksError):
     def __str__(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
         return f"task {self.task_id!r} failed{why}: {self.type}: {self.message}"
+
+
+class LoopBlocked(BaseException):
+    """Raised in a task that captures the event loop, wherever it is at that moment.
+
+    Like a cancellation it is no `Exception`: code that catches those to try again, or to
+    log them and go on, is the very code that captures loops. Catch it to clean up, if
+    need be, and raise it again.
+    """

@@ -47,8 +47,12 @@ def _url(*schemes: str) -> AfterValidator:
         try:
             parts = urlsplit(value)
             parts.port  # noqa: B018  a port that is no number raises here
-        except ValueError as error:
-            raise ValueError(f"must be a URL; {error}") from error
+        except ValueError:
+            # Not what urlsplit says: a password with a slash in it looks like a port.
+            raise ValueError(
+                "must be a URL; check the port, and write special characters of user and "
+                "password as %XX"
+            ) from None
         if parts.scheme not in schemes:
             raise ValueError(f"must begin with one of {', '.join(s + '://' for s in schemes)}")
         if parts.scheme in ("amqp", "amqps", "redis", "rediss") and not parts.hostname:
@@ -61,7 +65,17 @@ def _url(*schemes: str) -> AfterValidator:
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _TtlMs = Annotated[int, Field(ge=1, lt=2**32)]
-_QueueName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
+
+
+def _short_name(value: str) -> str:
+    if len(value.encode("utf-8", "replace")) > 200:
+        raise ValueError("must have at most 200 bytes of UTF-8: AMQP's names have 255, with suffix")
+    return value
+
+
+_QueueName = Annotated[
+    str, Field(min_length=1, pattern=r"^[^\x00-\x1f]+$"), AfterValidator(_short_name)
+]
 
 
 class Settings(BaseSettings):
@@ -148,6 +162,11 @@ class Settings(BaseSettings):
         description="Seconds that a task may capture the event loop before the watchdog acts; "
         "0 turns it off.",
     )
+    on_blocked_loop: Literal["interrupt", "kill"] = Field(
+        "interrupt",
+        description="What the watchdog does: `interrupt` the task, and end the process if it "
+        "goes on for `cancel_grace`; or `kill`, end the process at once.",
+    )
     presence_ttl: _Positive = Field(
         8.0, description="Seconds without a sign of life after which a worker's tasks are free."
     )
@@ -213,13 +232,18 @@ def load_settings(keywords: dict[str, Any], flags: dict[str, Any] | None = None)
 
 
 def hide_password(url: str) -> str:
-    """Return `url` with its password replaced, for people to read."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    credentials, _, host = parts.netloc.rpartition("@")
-    user = credentials.partition(":")[0]
-    return parts._replace(netloc=f"{user}:***@{host}").geturl()
+    """Return a URL, or what was meant to be one, without its password, for people to read."""
+    scheme, colon, rest = url.partition("://")
+    if not colon:
+        return f"***@{url.rpartition('@')[2]}" if "@" in url else url
+    before, found, _ = rest.partition("password=")
+    if found:
+        rest = f"{before}{found}***"
+    # The last @: in a password it should have been escaped, but that may be what is wrong.
+    credentials, at, host = rest.rpartition("@")
+    if at and ":" in credentials:
+        credentials = credentials.partition(":")[0] + ":***"
+    return f"{scheme}{colon}{credentials}{at}{host}"
 
 
 def _explain(error: ValidationError, keywords: dict[str, Any], flags: dict[str, Any]) -> str:
@@ -230,21 +254,20 @@ def _explain(error: ValidationError, keywords: dict[str, Any], flags: dict[str, 
         if detail["type"] == "extra_forbidden":
             lines.append(f"{name!r} is not a setting; see Settings for those there are")
             continue
-        variable = ENV_PREFIX + name.upper()
+        variable = _variable(name)
         if name in flags:
             where, value = "--" + name.replace("_", "-"), flags[name]
-        elif variable in os.environ:
+        elif variable is not None:
             where, value = variable, os.environ[variable]
         else:
             where, value = name, keywords.get(name)
         if name.endswith("_url") and isinstance(value, str):
-            value = _safe(value)
+            value = hide_password(value)
         lines.append(f"{where}={value!r}: {message}" if name else message)
     return "; ".join(lines)
 
 
-def _safe(url: str) -> str:
-    try:
-        return hide_password(url)
-    except ValueError:
-        return url.rpartition("@")[2]
+def _variable(name: str) -> str | None:
+    """Return the environment's variable for a setting, as it is written there."""
+    wanted = f"{ENV_PREFIX}{name}".upper()
+    return next((variable for variable in os.environ if variable.upper() == wanted), None)

@@ -38,8 +38,10 @@ _EPILOG = """
 \b
 Exit codes:
   0  stopped by SIGTERM or SIGINT, everything settled or given back
-  1  the broker or the state store cannot be used, or was lost for too long
+  1  the broker or the state store cannot be used, or was lost for too long; also, with
+     --auto-kill-timeout, if not even the watchdog could run
   2  wrong usage: a flag, a setting, or --app
+  3  a task captured the event loop for good (--auto-kill-timeout)
 """
 
 

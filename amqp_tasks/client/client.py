@@ -73,7 +73,6 @@ class _ClientService:
             self._state,
             owner=owner,
             presence=Presence(self._state, owner, settings.presence_ttl, {"role": "producer"}),
-            state_ttl=settings.state_ttl,
             clock=clock,
         )
 

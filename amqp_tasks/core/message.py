@@ -32,14 +32,23 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 from ..exceptions import ArgumentsError, DecodeError
 from .outcome import Failure
 
-__all__ = ["MAX_TASK_ID_LENGTH", "Message", "check_task_id", "decode", "error_headers"]
+__all__ = [
+    "MAX_TASK_ID_LENGTH",
+    "Message",
+    "check_task_id",
+    "clean",
+    "decode",
+    "error_headers",
+    "fitting",
+    "passed_on",
+    "task_id_problem",
+]
 
 MAX_TASK_ID_LENGTH: Final = 400
 """Characters. Ids are part of Redis keys and of channel names; this is plenty."""
 
 MAX_HEADER_TEXT: Final = 8_000
-"""Characters kept of each text in an error header: all headers of a message must fit
-into one AMQP frame (131,072 bytes by RabbitMQ's default). The state keeps the whole."""
+"""Characters kept of each text in an error header. The state keeps the whole."""
 
 ATTEMPT: Final = "task-attempt"
 DUE: Final = "task-due"
@@ -49,7 +58,17 @@ PARENT: Final = "task-parent"
 PARENT_OWNER: Final = "task-parent-owner"
 PARKED: Final = "task-parked"
 
+MAX_HEADERS: Final = 128_000
+"""Bytes of all headers of a message; RabbitMQ's frames hold 131,072 by default."""
+
 _OUR_PREFIXES: Final = ("task-", "error-", "x-")
+_ROUTING: Final = ("CC", "BCC")
+"""Headers by which RabbitMQ would send copies elsewhere."""
+
+_CHECKED_FROM: Final = 4_000
+_CHECKED_NESTING: Final = 150
+"""Bytes, and brackets, from which on it is tried whether a new body can be read again: a
+number can have too many digits, and lists can be nested too deep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +116,13 @@ class Message:
             body = to_json(content, inf_nan_mode="constants")
         except (PydanticSerializationError, ValueError) as error:
             raise ArgumentsError(f"task {func!r}: cannot be written as JSON: {error}") from error
+        if len(body) > _CHECKED_FROM or body.count(b"[") + body.count(b"{") > _CHECKED_NESTING:
+            try:
+                from_json(body)
+            except ValueError as error:
+                raise ArgumentsError(
+                    f"task {func!r}: no worker could read its arguments: {error}"
+                ) from error
         return cls(
             task_id=task_id,
             func=func,
@@ -185,14 +211,48 @@ def error_headers(failure: Failure, *, attempt: int, worker: str, at: float) -> 
     """Return the headers that tell, in the error queue, why a message is there."""
     return {
         "error-reason": failure.reason or "exception",
-        "error-type": failure.type[:MAX_HEADER_TEXT],
-        "error-message": failure.message[:MAX_HEADER_TEXT],
+        "error-type": clean(failure.type[:MAX_HEADER_TEXT]),
+        "error-message": clean(failure.message[:MAX_HEADER_TEXT]),
         # The end of a traceback names the place; the beginning is the framework's.
-        "error-traceback": failure.traceback[-MAX_HEADER_TEXT:],
+        "error-traceback": clean(failure.traceback[-MAX_HEADER_TEXT:]),
         "error-attempt": attempt,
         "error-worker": worker,
         "error-at": _as_text(at),
     }
+
+
+def clean(text: str) -> str:
+    """Return `text` without what UTF-8 cannot hold (lone surrogates)."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def passed_on(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those headers of a message that is none of ours which a copy of it can have."""
+    return {
+        key: value
+        for key, value in headers.items()
+        if isinstance(value, str | int) and not key.startswith("x-") and key not in _ROUTING
+    }
+
+
+def fitting(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return as many headers as a message can have; ours first, then the shorter ones."""
+    room, kept = MAX_HEADERS, {}
+    for key in sorted(
+        headers, key=lambda key: (not key.startswith(_OUR_PREFIXES), _size(headers, key))
+    ):
+        room -= _size(headers, key)
+        if room < 0:
+            break
+        kept[key] = headers[key]
+    return kept
+
+
+def _size(headers: Mapping[str, Any], key: str) -> int:
+    """Return the bytes that a header takes, at most."""
+    value = headers[key]
+    text = value.encode("utf-8", "replace") if isinstance(value, str) else b" " * 8
+    return len(key.encode("utf-8", "replace")) + len(text) + 6
 
 
 def _as_text(seconds: float | None) -> str | None:
@@ -235,7 +295,7 @@ def _read_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
         "foreign": {
             key: value
             for key, value in headers.items()
-            if isinstance(value, str) and not key.startswith(_OUR_PREFIXES)
+            if isinstance(value, str) and not key.startswith(_OUR_PREFIXES) and key not in _ROUTING
         },
     }
 

@@ -105,7 +105,10 @@ class Discharge(Operation[None]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revoke(Operation[bool]):
-    """Take a new task back: its first message certainly is not in the queue."""
+    """Take a new task back: its first message certainly is not in the queue.
+
+    False if it is not the task that the producer with this nonce has made, or has gone on.
+    """
 
     task_id: str
     nonce: str
@@ -119,7 +122,6 @@ class RequestCancel(Operation["CancelAnswer"]):
     task_id: str
     reason: str
     now: float
-    ttl: float
 
 
 class CancelAnswer(str):
@@ -379,9 +381,10 @@ def _discharge(record: TaskRecord | None, op: Discharge) -> tuple[TaskRecord | N
 
 
 def _revoke(record: TaskRecord | None, op: Revoke) -> tuple[TaskRecord | None, bool]:
+    if record is None:
+        return None, True
     if (
-        record is not None
-        and record.status is TaskStatus.SCHEDULED
+        record.status is TaskStatus.SCHEDULED
         and record.owed is Owed.PUBLISH
         and record.nonce == op.nonce
     ):
@@ -398,10 +401,12 @@ def _request_cancel(
         return record, ALREADY_ENDED
     if record.status is TaskStatus.RUNNING:
         return replace(record, cancel=record.cancel or op.reason), REQUESTED
-    return _canceled(record, op.reason, now=op.now, ttl=op.ttl), CANCELED_NOW
+    # Its message comes by one day. Were the state forgotten before, it would be run: so it
+    # is kept until then, and the claim that finds it ended lets it expire.
+    return _canceled(record, op.reason, now=op.now, ttl=None), CANCELED_NOW
 
 
-def _canceled(record: TaskRecord, reason: str, *, now: float, ttl: float) -> TaskRecord:
+def _canceled(record: TaskRecord, reason: str, *, now: float, ttl: float | None) -> TaskRecord:
     return replace(
         record,
         status=advance(record.status, Event.CANCEL),
@@ -411,7 +416,7 @@ def _canceled(record: TaskRecord, reason: str, *, now: float, ttl: float) -> Tas
         due=None,
         updated_at=now,
         ended_at=now,
-        expires_at=now + ttl,
+        expires_at=None if ttl is None else now + ttl,
     )
 
 
@@ -429,9 +434,7 @@ def _claim(record: TaskRecord | None, op: Claim) -> tuple[TaskRecord, ClaimAnswe
             parent=op.parent,
         )
     if record.status.ended:
-        if record.owed is Owed.ERROR and record.attempt == op.attempt:
-            return record, Owing(Owed.ERROR, record.attempt, None, record.error)
-        return record, Ended(record.status)
+        return _claim_of_ended(record, op)
     if op.attempt < record.attempt:
         if record.owed is Owed.RETRY and op.attempt == record.attempt - 1:
             return record, Owing(Owed.RETRY, record.attempt, record.due, record.error)
@@ -453,6 +456,9 @@ def _claim(record: TaskRecord | None, op: Claim) -> tuple[TaskRecord, ClaimAnswe
         # emptied and has forgotten the fences before.
         fence=max(record.fence + 1, int(op.now * 1000)),
         lease=op.lease,
+        # A state that was written anew by a settlement knew neither of these.
+        job=record.job or op.job,
+        parent=(op.parent or None) if record.parent is None else record.parent,
         crashes=record.crashes + crashed,
         started_at=op.now,
         updated_at=op.now,
@@ -461,6 +467,14 @@ def _claim(record: TaskRecord | None, op: Claim) -> tuple[TaskRecord, ClaimAnswe
         expires_at=None,
     )
     return claimed, Granted(claimed.fence, claimed.crashes)
+
+
+def _claim_of_ended(record: TaskRecord, op: Claim) -> tuple[TaskRecord, ClaimAnswer]:
+    if record.owed is Owed.ERROR and record.attempt == op.attempt:
+        return record, Owing(Owed.ERROR, record.attempt, None, record.error)
+    if record.expires_at is None:
+        record = replace(record, expires_at=op.now + op.ttl)
+    return record, Ended(record.status)
 
 
 def _settle(record: TaskRecord | None, op: Settle) -> tuple[TaskRecord | None, Settled]:
@@ -479,6 +493,7 @@ def _settle(record: TaskRecord | None, op: Settle) -> tuple[TaskRecord | None, S
         return record, STALE
     if record.status not in sources(op.event):
         repeated = record.status is target(op.event) and record.attempt == op.attempt
+        repeated |= record.status is TaskStatus.CANCELED and op.event in YIELDING
         return record, WRITTEN if repeated else STALE
     if record.cancel is not None and op.event in YIELDING:
         return _canceled(record, record.cancel, now=op.now, ttl=op.ttl), WRITTEN

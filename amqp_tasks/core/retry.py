@@ -70,6 +70,8 @@ class RetryPolicy:
 
         `spread` is a random number between -1 and 1; it decides the jitter.
         """
+        if self.delay == 0:
+            return 0.0
         try:
             delay = min(self.max_delay, self.delay * self.backoff ** (attempt - 1))
         except OverflowError:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 from pydantic_core import to_json
 
 from .lifecycle import Event
-from .message import Message, error_headers
+from .message import Message, clean, error_headers, fitting, passed_on
 from .operations import Discharge, Settle
 from .outcome import Canceled, Failed, Failure, GivenBack, LeaseLost, Outcome, Succeeded
 from .record import Owed
@@ -53,8 +53,8 @@ class Publication:
 
 @dataclass(frozen=True, slots=True)
 class WriteState:
-    """Write the state. If somebody else holds the lease by now, nothing more follows
-    but dropping the delivery."""
+    """Write the state. If somebody else holds the lease by now, the delivery is given
+    back, as for a lost lease, and nothing else follows."""
 
     operation: Settle
 
@@ -135,7 +135,9 @@ def settle(
         case GivenBack():
             return (write(Event.RELEASE), Verdict.REQUEUE)
         case LeaseLost():
-            return (Verdict.ACK,)
+            # Not acked: whoever has the lease may have claimed with a delivery that its
+            # broker has taken back since, and then this one is the only copy.
+            return (Verdict.REQUEUE,)
 
 
 def publish_retry(
@@ -158,7 +160,9 @@ def dead_letter(
     """Return the effects that bring a message to the error queue, then drop it."""
     why = error_headers(failure, attempt=message.attempt, worker=worker, at=now)
     publication = Publication(
-        queue=rules.topology.error, body=message.body, headers={**message.headers(), **why}
+        queue=rules.topology.error,
+        body=message.body,
+        headers=fitting({**message.headers(), **why}),
     )
     discharge = Discharge(
         task_id=message.task_id,
@@ -181,9 +185,9 @@ def unreadable(
 ) -> tuple[Effect, ...]:
     """Return the effects for what came from the queue and is no message of ours."""
     why = error_headers(failure, attempt=1, worker=worker, at=now)
-    kept = {key: value for key, value in headers.items() if not key.startswith("x-")}
+    kept = passed_on(headers)
     return (
-        Publish(Publication(queue=topology.error, body=body, headers={**kept, **why})),
+        Publish(Publication(queue=topology.error, body=body, headers=fitting({**kept, **why}))),
         Verdict.ACK,
     )
 
@@ -236,5 +240,8 @@ def _writer(message: Message, lease: Lease, rules: Rules, now: float) -> Callabl
 
 
 def _error_text(failure: Failure, message: Message, lease: Lease) -> str:
-    known = {**failure.as_dict(), "attempt": message.attempt, "worker": lease.worker}
-    return to_json(known).decode()
+    known = {
+        key: clean(value) if isinstance(value, str) else value
+        for key, value in failure.as_dict().items()
+    }
+    return to_json({**known, "attempt": message.attempt, "worker": lease.worker}).decode()

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from enum import StrEnum
 from typing import Any
 
 import anyio
 from pydantic_core import to_json
 
-from ..core.outcome import CancelReason
+from ..core.outcome import CancelReason, Failure
 from ..exceptions import AmqpTasksError, StateStoreError
 
 __all__ = [
     "Attempt",
     "MessageType",
+    "attempt_in",
     "attempt_or_none",
     "current_attempt",
     "set_current_attempt",
@@ -81,6 +82,10 @@ class Attempt:
         self.cancel_scope = cancel_scope
         self._limit_reason = limit_reason
         self._reason: CancelReason | None = None
+        self.blocked: Failure | None = None
+        """What the watchdog has to say, if it had to interrupt this attempt."""
+        self.interrupts = 0
+        """How often it had to."""
         self._append = append
         self._give_slot = give_slot
         self._take_slot = take_slot
@@ -102,6 +107,14 @@ class Attempt:
         if self.cancel_reason is None:
             self._reason = reason
             self.cancel_scope.cancel()
+
+    def interrupted(self, failure: Failure) -> None:
+        """Note that it captured the loop and is interrupted. Also from a signal handler."""
+        self.blocked = failure
+        self.interrupts += 1
+        if self.cancel_reason is None:
+            # Its scope is cancelled when the loop is free to do so.
+            self._reason = CancelReason.BLOCKED_LOOP
 
     @asynccontextmanager
     async def without_slot(self) -> AsyncIterator[None]:
@@ -129,11 +142,15 @@ class Attempt:
 
     async def emit(self, kind: str, message: Any) -> None:
         """Append an entry of some kind to the task's event log."""
-        entry = {"at": self._clock(), "attempt": self.number, "kind": kind, "message": message}
         try:
-            await self._append(to_json(entry, inf_nan_mode="constants", fallback=repr).decode())
+            await self._append(self.entry(kind, message))
         except StateStoreError as error:
             log.warning("%r: its event log could not be written: %s", self, error)
+
+    def entry(self, kind: str, message: Any) -> str:
+        """Return an entry of the event log as JSON text."""
+        entry = {"at": self._clock(), "attempt": self.number, "kind": kind, "message": message}
+        return to_json(entry, inf_nan_mode="constants", fallback=repr).decode()
 
 
 def current_attempt() -> Attempt:
@@ -151,6 +168,11 @@ def current_attempt() -> Attempt:
 def attempt_or_none() -> Attempt | None:
     """Return the attempt in which the caller runs, if it does."""
     return _current.get(None)
+
+
+def attempt_in(context: Context) -> Attempt | None:
+    """Return the attempt that runs in a context, if one does."""
+    return context.get(_current)
 
 
 def set_current_attempt(attempt: Attempt) -> None:

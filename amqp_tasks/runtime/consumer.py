@@ -95,8 +95,10 @@ class Running:
         self._cancel(self.lease.id, reason)
 
     def report(self, outcome: Outcome) -> None:
-        self.outcome = outcome
-        self.ended.set()
+        """Note how it ended. The first to say so is believed."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self.ended.set()
 
 
 class Consumer:
@@ -338,7 +340,7 @@ class Consumer:
                             operation.task_id,
                             operation.event,
                         )
-                        delivery.ack()
+                        delivery.requeue()
                         return
                 case Publish(publication):
                     await self._link.publish_persistently(publication)

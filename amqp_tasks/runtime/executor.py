@@ -156,7 +156,8 @@ class Executor:
             with attempt.cancel_scope:
                 outcome = await self._outcome(job, attempt)
         except BaseException as error:
-            outcome = Failed(describe(error))
+            # Interrupted within user code that is not the function: a validator, or so.
+            outcome = Failed(attempt.blocked or describe(error))
         finally:
             del self._running[job.lease.id]
             self._io.post(job.report, outcome)
@@ -203,7 +204,7 @@ class Executor:
             )
         except BaseException as error:
             if attempt.cancel_reason is not None:
-                return _cancelled(attempt.cancel_reason, error)
+                return _cancelled(attempt, attempt.cancel_reason, error)
             # A cancellation that nobody of ours asked for is among these. Taken for a
             # success or for a cancel, the task would be lost without a trace.
             bare = isinstance(error, anyio.get_cancelled_exc_class())
@@ -254,15 +255,17 @@ class Executor:
 _EXCEEDED = {
     CancelReason.TIMEOUT: "the attempt took longer than its timeout",
     CancelReason.DEADLINE: "the task was not done by its deadline",
-    CancelReason.BLOCKED_LOOP: "the task captured the event loop",
 }
 
 
-def _cancelled(reason: CancelReason, error: BaseException) -> Outcome:
+def _cancelled(attempt: Attempt, reason: CancelReason, error: BaseException) -> Outcome:
     """Return the outcome of an attempt that was cancelled, and did not finish all the same.
 
     `error` is the cancellation itself, or what the task raised instead.
     """
+    if attempt.blocked is not None:
+        # Where it was when it captured the loop matters, not what became of the exception.
+        return cancelled_outcome(reason, attempt.blocked)
     failure = describe(error, Reason(reason) if reason in _EXCEEDED else None)
     if reason in _EXCEEDED and isinstance(error, anyio.get_cancelled_exc_class()):
         # The traceback says where the task was; its last line would be a riddle.

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from pydantic_core import from_json
 
+from ..core.message import clean
 from ..core.outcome import Failure, Reason
 
 __all__ = ["describe", "failure_from_text", "single_error"]
@@ -22,7 +23,7 @@ def describe(error: BaseException, reason: Reason | None = None) -> Failure:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else _dotted(kind)
     return Failure(
-        type=_clean(name), message=_text(error), traceback=_traceback(error), reason=reason
+        type=clean(name), message=_text(error), traceback=_traceback(error), reason=reason
     )
 
 
@@ -32,7 +33,7 @@ def _dotted(kind: type[BaseException]) -> str:
 
 def _text(error: BaseException) -> str:
     try:
-        return _clean(str(error))
+        return clean(str(error))
     except Exception as broken:
         return f"(its text cannot be had: {type(broken).__name__})"
 
@@ -40,7 +41,7 @@ def _text(error: BaseException) -> str:
 def _traceback(error: BaseException) -> str:
     try:
         lines = traceback.format_exception(type(error), error, _from_task(error.__traceback__))
-        return _clean("".join(lines))
+        return clean("".join(lines))
     except Exception as broken:
         return f"(its traceback cannot be had: {type(broken).__name__})"
 
@@ -51,11 +52,6 @@ def _from_task(frames: TracebackType | None) -> TracebackType | None:
     while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_HERE):
         frames = frames.tb_next
     return frames or first
-
-
-def _clean(text: str) -> str:
-    """Return `text` without what UTF-8 cannot hold (lone surrogates)."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def failure_from_text(text: str | None) -> Failure:

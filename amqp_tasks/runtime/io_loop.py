@@ -31,7 +31,15 @@ import anyio.lowlevel
 import trio
 from anyio.abc import TaskStatus
 
-__all__ = ["Inbox", "IoLoop", "SameLoop", "ThreadLoop", "open_io_thread"]
+__all__ = [
+    "Inbox",
+    "IoLoop",
+    "Postbox",
+    "SameLoop",
+    "ThreadLoop",
+    "open_io_thread",
+    "postbox_of_this_loop",
+]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -89,8 +97,8 @@ class SameLoop:
         func(*args)
 
 
-class _Postbox:
-    """Calls functions on one loop, in order; any thread may post."""
+class Postbox:
+    """Calls functions on one loop, in order; any thread may post, and a signal handler."""
 
     def __init__(self, wake: Callable[[Callable[[], None]], object]) -> None:
         self._wake = wake
@@ -116,15 +124,15 @@ class _Postbox:
             func(*args)
 
 
-def _postbox_of_this_loop() -> _Postbox:
+def postbox_of_this_loop() -> Postbox:
     """Make a postbox for the loop that is running in this thread."""
     try:
         token = trio.lowlevel.current_trio_token()
     except RuntimeError:
         loop = asyncio.get_running_loop()
         # Without a context of its own the callback would keep the poster's alive.
-        return _Postbox(partial(loop.call_soon_threadsafe, context=Context()))
-    return _Postbox(token.run_sync_soon)
+        return Postbox(partial(loop.call_soon_threadsafe, context=Context()))
+    return Postbox(token.run_sync_soon)
 
 
 class Inbox(Generic[T]):
@@ -207,8 +215,8 @@ class ThreadLoop:
     """An I/O loop in a thread of its own. Made by `open_io_thread`."""
 
     def __init__(self, name: str) -> None:
-        self._to_tasks = _postbox_of_this_loop()
-        self._to_io: _Postbox
+        self._to_tasks = postbox_of_this_loop()
+        self._to_io: Postbox
         self._posted: Inbox[tuple[Callable[..., object], tuple[Any, ...]]]
         self._calls: anyio.abc.TaskGroup
         self._calls_have_ended = False
@@ -317,7 +325,7 @@ class ThreadLoop:
 
     async def _main(self) -> None:
         self._posted, self._stop = Inbox(), anyio.Event()
-        self._to_io = _postbox_of_this_loop()
+        self._to_io = postbox_of_this_loop()
         # The calls within the taking: until the last has ended they can be cancelled.
         async with anyio.create_task_group() as taking:
             taking.start_soon(self._take_posted)

@@ -56,7 +56,6 @@ class Producer:
         owner: the incarnation that waits for tasks which are queued as children.
         presence: says that `owner` is alive, from the first child on; None if somebody
             else says so.
-        state_ttl: seconds that the state of an ended task is kept.
         clock: seconds since the epoch.
     """
 
@@ -68,7 +67,6 @@ class Producer:
         *,
         owner: str,
         presence: Presence | None,
-        state_ttl: float,
         clock: Callable[[], float],
     ) -> None:
         self._link = link
@@ -77,7 +75,6 @@ class Producer:
         self._owner = owner
         self._presence = presence
         self._services: TaskGroup
-        self._state_ttl = state_ttl
         self._clock = clock
 
     @asynccontextmanager
@@ -152,7 +149,7 @@ class Producer:
             TaskNotFound: nothing is known about it.
         """
         answer = await self._state.ask(
-            RequestCancel(task_id=task_id, reason=reason, now=self._clock(), ttl=self._state_ttl)
+            RequestCancel(task_id=task_id, reason=reason, now=self._clock())
         )
         if answer == UNKNOWN:
             _known(task_id, None)

@@ -4,7 +4,7 @@
 
     task loop   executor                  outlives all below: it owes them answers
                 └─ I/O loop   state       the store's client
-                              ├─ presence, cancel watch
+                              ├─ presence, cancel watch, the watchdog's records
                               └─ intake   one task per delivery
                                  └─ link  the broker's connection
 
@@ -37,6 +37,8 @@ from .io_loop import IoLoop
 from .link import Link, Servers
 from .presence import Presence, new_incarnation
 from .producer import Producer
+from .records import Records
+from .watchdog import open_watchdog
 
 __all__ = ["Worker", "open_worker"]
 
@@ -99,7 +101,6 @@ class _WorkerService:
             state,
             owner=self.owner,
             presence=None,  # a worker has one anyway
-            state_ttl=settings.state_ttl,
             clock=clock,
         )
         consumer = Consumer(io, link, executor, registry, settings, owner=self.owner, clock=clock)
@@ -110,6 +111,7 @@ class _WorkerService:
         info = {"host": platform.node(), "pid": os.getpid(), "queue": settings.queue}
         self._presence = Presence(state, self.owner, settings.presence_ttl, info)
         self._stop_called = anyio.Event()
+        self.records = Records(state, consumer, self.stop)
 
     async def append(self, task_id: str, fence: int, entry: str) -> None:
         """Append an entry to the event log of a task that runs here."""
@@ -121,6 +123,12 @@ class _WorkerService:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Work until `stop` is called; cancelling this stops without any grace."""
+        try:
+            await self._run(task_status)
+        finally:
+            self.records.left.set()
+
+    async def _run(self, task_status: TaskStatus[None]) -> None:
         async with anyio.create_task_group() as outside:
             outside.start_soon(self._stop_when_cancelled)
             # What is under way is ended in good order, whoever cancels.
@@ -132,6 +140,7 @@ class _WorkerService:
                 ):
                     await lives.start(self._presence.run)
                     await lives.start(self._watch.run)
+                    await lives.start(self.records.run)
                     await lives.start(self._intake.run)
                     try:
                         await self._serve(task_status)
@@ -170,25 +179,31 @@ async def open_worker(
 ) -> AsyncIterator[Worker]:
     """Run a worker for as long as the block; leaving the block stops it with its grace."""
     with single_error():
-        executor = Executor(
-            io,
-            max_threads=settings.max_running_tasks,
-            cancel_grace=settings.cancel_grace,
-            clock=clock,
-        )
-        service = await io.make(_WorkerService, io, executor, servers, registry, settings, clock)
+        # First of all, and left last: it watches while the worker starts and stops, too.
+        async with open_watchdog(io, settings) as watchdog:
+            executor = Executor(
+                io,
+                max_threads=settings.max_running_tasks,
+                cancel_grace=settings.cancel_grace,
+                clock=clock,
+            )
+            service = await io.make(
+                _WorkerService, io, executor, servers, registry, settings, clock
+            )
+            if watchdog is not None:
+                watchdog.records = service.records
 
-        async def append(task_id: str, fence: int, entry: str) -> None:
-            await io.call(service.append, task_id, fence, entry)
+            async def append(task_id: str, fence: int, entry: str) -> None:
+                await io.call(service.append, task_id, fence, entry)
 
-        executor.append = append
-        worker = Worker(io, service)
-        async with anyio.create_task_group() as outer:
-            await outer.start(executor.run)
-            try:
-                async with anyio.create_task_group() as inner:
-                    await inner.start(worker.serve)
-                    yield worker
-                    worker.stop(settings.shutdown_grace)
-            finally:
-                executor.stop()
+            executor.append = append
+            worker = Worker(io, service)
+            async with anyio.create_task_group() as outer:
+                await outer.start(executor.run)
+                try:
+                    async with anyio.create_task_group() as inner:
+                        await inner.start(worker.serve)
+                        yield worker
+                        worker.stop(settings.shutdown_grace)
+                finally:
+                    executor.stop()

@@ -155,7 +155,10 @@ class _MemorySession:
         await anyio.lowlevel.checkpoint()
         if self._reason:
             raise PublishFailed(f"memory://: {self._reason}", maybe=False)
-        self._broker._declare(publication.queue)
+        try:
+            self._broker._declare(publication.queue)
+        except QueueMismatch as error:
+            raise PublishFailed(str(error), maybe=False) from error
         self._broker._route(publication.queue.name, publication.body, publication.headers)
 
     @asynccontextmanager
@@ -165,7 +168,7 @@ class _MemorySession:
         consumer = _MemoryConsumer(self._broker, queue, prefetch)
         self._consumers.add(consumer)
         try:
-            yield consumer.deliveries()
+            yield consumer
         finally:
             consumer.cancel()
 
@@ -207,18 +210,22 @@ class _MemoryConsumer:
         self._cancelled = False
         self._changed = anyio.Event()
 
-    async def deliveries(self) -> AsyncIterator[Delivery]:
+    def __aiter__(self) -> _MemoryConsumer:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        await anyio.lowlevel.checkpoint()
         while not self._cancelled:
             self._broker._expire()
             queue = self._broker._queues.get(self.queue)
             if queue is not None and queue.ready and len(self._unacked) < self._prefetch:
                 stored = heapq.heappop(queue.ready)
                 self._unacked[stored.number] = stored
-                yield Delivery(self, stored)
-                continue
+                return Delivery(self, stored)
             self._changed = anyio.Event()
             with anyio.move_on_after(max(0.0, self._broker._seconds_to_next_expiry())):
                 await self._changed.wait()
+        raise StopAsyncIteration
 
     def settle(self, stored: _Stored) -> bool:
         """Forget a delivery; False if it was taken away before."""

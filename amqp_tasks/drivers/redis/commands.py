@@ -148,7 +148,8 @@ class Commands:
             *(_RUNNING, _CANCELED, _ENDED),
             *(b"%d" % op.attempt, to_bytes(op.lease), now, b"%d" % int(op.now * 1000), dead),
             *(_number(op.now + op.ttl), self._keys.ended(op.task_id)),
-            *(b"name", to_bytes(op.name), b"job", to_bytes(op.job), b"created_at", now),
+            *(job := to_bytes(op.job), to_bytes(op.parent or "")),
+            *(b"name", to_bytes(op.name), b"job", job, b"created_at", now),
             *_fields(deadline=op.deadline, parent=op.parent),
         )
 
@@ -182,12 +183,12 @@ class Commands:
                 return self._evalsha(_DISCHARGE, op.task_id, *arguments)
             case Revoke(nonce=nonce):
                 return self._evalsha(_REVOKE, op.task_id, _SCHEDULED, to_bytes(nonce))
-            case RequestCancel(reason=reason, now=now, ttl=ttl):
+            case RequestCancel(reason=reason, now=now):
                 return self._evalsha(
                     _REQUEST_CANCEL,
                     op.task_id,
                     *(_RUNNING, _CANCELED, _ENDED),
-                    *(to_bytes(reason), _number(now), _number(now + ttl)),
+                    *(to_bytes(reason), _number(now)),
                     *(self._keys.ended(op.task_id), self._keys.cancel()),
                     to_bytes(op.task_id),
                 )

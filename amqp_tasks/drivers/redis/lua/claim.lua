@@ -1,11 +1,11 @@
 -- ARGV: the status of a task that runs, that of a canceled one, the ended statuses, attempt,
 --       lease, now, the least fence, the owner that is presumed dead with a slash after it
---       ('' for none), expires_at if it is canceled, the channel for its end, then fields
---       and values of a task that nobody knows.
+--       ('' for none), expires_at if it has ended, the channel for its end, job, parent (''
+--       for none), then fields and values of a task that nobody knows.
 
 local RUNNING, CANCELED, ENDED = ARGV[1], ARGV[2], ARGV[3]
 local found = redis.call('HMGET', STATE, 'status', 'expires_at', 'attempt', 'fence', 'lease',
-  'crashes', 'cancel', 'owed')
+  'crashes', 'cancel', 'owed', 'job', 'parent')
 local status, expires_at, attempt = found[1], found[2], found[3]
 local fence, lease, crashes = tonumber(found[4] or 0), found[5] or '', found[6] or '0'
 local requested, owed = found[7], found[8]
@@ -23,6 +23,10 @@ if status then
   if among(ENDED, status) then
     if owed == 'error' and known == asked then
       return owing(false)
+    end
+    if not expires_at then
+      expires_at = ARGV[9]
+      expire(expires_at)
     end
     return refuse('ended', status)
   end
@@ -47,13 +51,20 @@ if status then
     crashes = string.format('%.0f', tonumber(crashes) + 1)
   end
 else
-  redis.call('HSET', STATE, unpack(ARGV, 11))
+  redis.call('HSET', STATE, unpack(ARGV, 13))
 end
 
 fence = string.format('%.0f', math.max(fence + 1, tonumber(ARGV[7])))
 redis.call('HSET', STATE, 'status', RUNNING, 'attempt', ARGV[4], 'fence', fence,
   'lease', ARGV[5], 'crashes', crashes, 'started_at', ARGV[6], 'updated_at', ARGV[6])
 redis.call('HDEL', STATE, 'due', 'owed')
+-- A state that was written anew by a settlement knew neither of these.
+if status and found[9] == '' then
+  redis.call('HSET', STATE, 'job', ARGV[11])
+end
+if status and not found[10] and ARGV[12] ~= '' then
+  redis.call('HSET', STATE, 'parent', ARGV[12])
+end
 if expires_at then
   expire(false)
 end

@@ -1,6 +1,6 @@
 -- ARGV: the status of a task that runs, that of a canceled one, the ended statuses, reason,
---       now, expires_at if it is canceled, the channel for its end, the channel for cancel
---       requests without the owner, task id.
+--       now, the channel for its end, the channel for cancel requests without the owner,
+--       task id.
 
 local found = redis.call('HMGET', STATE, 'status', 'expires_at', 'lease', 'cancel')
 local status, expires_at, lease, requested = found[1], found[2], found[3], found[4]
@@ -16,8 +16,8 @@ if status == ARGV[1] then
     redis.call('HSET', STATE, 'cancel', ARGV[4])
   end
   local owner = string.match(lease or '', '^(.*)/') or ''
-  announce(ARGV[8] .. owner, ARGV[9])
+  announce(ARGV[7] .. owner, ARGV[8])
   return {status, status, expires_at, 'requested'}
 end
-cancel(ARGV[2], ARGV[4], ARGV[5], ARGV[6], ARGV[7])
-return {status, ARGV[2], ARGV[6], 'canceled'}
+cancel(ARGV[2], ARGV[4], ARGV[5], false, ARGV[6])
+return {status, ARGV[2], false, 'canceled'}

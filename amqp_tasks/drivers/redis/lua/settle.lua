@@ -14,7 +14,7 @@ if not status then
 elseif (lease or '') ~= ARGV[1] or fence ~= ARGV[2] then
   return {status, status, expires_at, 'stale'}
 elseif not among(ARGV[3], status) then
-  local repeated = status == ARGV[4] and attempt == ARGV[5]
+  local repeated = status == ARGV[4] and attempt == ARGV[5] or status == ARGV[10]
   return {status, status, expires_at, repeated and 'written' or 'stale'}
 elseif requested and ARGV[10] ~= '' then
   cancel(ARGV[10], requested, ARGV[6], ARGV[11], ARGV[12])

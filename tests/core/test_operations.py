@@ -1,0 +1,609 @@
+"""The rule book of the state store: every branch of `change`, and the laws above them."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from amqp_tasks.core.lifecycle import TRANSITIONS, Event, TaskStatus, sources
+from amqp_tasks.core.operations import (
+    ALREADY_ENDED,
+    CANCELED_NOW,
+    REQUESTED,
+    STALE,
+    UNKNOWN,
+    WRITTEN,
+    CancelAnswer,
+    Change,
+    Claim,
+    Create,
+    Created,
+    Discharge,
+    Duplicate,
+    Ended,
+    Granted,
+    Held,
+    Owing,
+    RequestCancel,
+    Revoke,
+    Settle,
+    Settled,
+    change,
+)
+from amqp_tasks.core.record import Owed, TaskRecord
+
+NOW = 1_763_900_000.0
+DAY = 86_400.0
+FENCE = 7
+S = TaskStatus
+
+
+def record(status: TaskStatus = S.RUNNING, **known: Any) -> TaskRecord:
+    """A task that worker w1 has claimed, unless `known` says otherwise."""
+    lease = "" if status is S.SCHEDULED else "w1/1"
+    defaults: dict[str, Any] = {"task_id": "t", "name": "add", "job": "{}", "status": status}
+    return TaskRecord(**{**defaults, "lease": lease, "fence": FENCE if lease else 0, **known})
+
+
+def create(**known: Any) -> Create:
+    defaults: dict[str, Any] = {
+        "task_id": "t",
+        "name": "add",
+        "job": "{}",
+        "nonce": "n",
+        "now": NOW,
+    }
+    return Create(**{**defaults, **known})
+
+
+def claim(**known: Any) -> Claim:
+    defaults: dict[str, Any] = {"task_id": "t", "name": "add", "job": "{}"}
+    more: dict[str, Any] = {"attempt": 1, "lease": "w2/1", "now": NOW, "ttl": DAY}
+    return Claim(**{**defaults, **more, **known})
+
+
+def settle(event: Event = Event.SUCCEED, **known: Any) -> Settle:
+    defaults: dict[str, Any] = {"task_id": "t", "name": "add", "lease": "w1/1", "fence": FENCE}
+    more: dict[str, Any] = {"event": event, "attempt": 1, "now": NOW, "ttl": DAY}
+    return Settle(**{**defaults, **more, **known})
+
+
+def discharge(owed: Owed, **known: Any) -> Discharge:
+    more: dict[str, Any] = {"attempt": 1, "ttl": None, "now": NOW}
+    return Discharge(**{"task_id": "t", "owed": owed, **more, **known})
+
+
+def cancel(**known: Any) -> RequestCancel:
+    return RequestCancel(**{"task_id": "t", "reason": "user", "now": NOW, **known})
+
+
+def revoke(**known: Any) -> Revoke:
+    return Revoke(**{"task_id": "t", "nonce": "n", "now": NOW, **known})
+
+
+def after(before: TaskRecord | None, *operations: Change) -> TaskRecord:
+    """The record that these operations leave."""
+    for operation in operations:
+        before, _ = change(before, operation)
+    assert before is not None
+    return before
+
+
+# ------------------------------------------------------------------------- create
+
+
+def test_create_writes_a_scheduled_task_that_owes_its_message_and_expires() -> None:
+    state, answer = change(None, create(due=NOW + 5, deadline=NOW + 9, parent="p", ttl=60.0))
+    assert answer == Created(new=True, owed=True)
+    assert state == TaskRecord(
+        task_id="t",
+        name="add",
+        job="{}",
+        created_at=NOW,
+        updated_at=NOW,
+        due=NOW + 5,
+        deadline=NOW + 9,
+        parent="p",
+        owed=Owed.PUBLISH,
+        nonce="n",
+        expires_at=NOW + 60,
+    )
+
+
+def test_create_of_a_task_that_is_there_changes_nothing() -> None:
+    before = after(None, create())
+    assert change(before, create(nonce="other")) == (before, Created(new=False, owed=True))
+    published = after(before, discharge(Owed.PUBLISH))
+    assert change(published, create(nonce="other")) == (published, Created(new=False, owed=False))
+
+
+@pytest.mark.parametrize("status", S)
+def test_create_never_touches_another_ones_task(status: TaskStatus) -> None:
+    before = record(status, nonce="other")
+    assert change(before, create()) == (before, Created(new=False, owed=False))
+
+
+# ---------------------------------------------------------------------- discharge
+
+
+def test_discharge_of_the_first_message_lets_the_state_live() -> None:
+    state = after(None, create(), discharge(Owed.PUBLISH))
+    assert (state.owed, state.expires_at) == (None, None)
+
+
+def test_discharge_can_give_the_state_another_time_to_live() -> None:
+    state = after(None, create(), discharge(Owed.PUBLISH, ttl=30.0))
+    assert (state.owed, state.expires_at) == (None, NOW + 30)
+
+
+def test_discharge_of_an_ended_task_leaves_its_expiry() -> None:
+    before = record(S.ERRORED, owed=Owed.ERROR, expires_at=NOW + 5)
+    state = after(before, discharge(Owed.ERROR, ttl=DAY))
+    assert (state.owed, state.expires_at) == (None, NOW + 5)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        None,
+        record(),
+        record(S.RETRYING, owed=Owed.RETRY, attempt=3),
+        record(S.ERRORED, owed=Owed.ERROR, attempt=2),
+    ],
+    ids=["unknown", "owes nothing", "owes another attempt", "owes something else"],
+)
+def test_discharge_of_what_is_not_owed_changes_nothing(before: TaskRecord | None) -> None:
+    assert change(before, discharge(Owed.RETRY, attempt=2)) == (before, None)
+
+
+# ------------------------------------------------------------------------- revoke
+
+
+def test_revoke_takes_a_new_task_back() -> None:
+    assert change(after(None, create()), revoke()) == (None, True)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        after(None, create(), discharge(Owed.PUBLISH)),
+        after(None, create(nonce="other")),
+        after(None, create(), claim()),
+        after(None, create(), cancel()),
+    ],
+    ids=["published", "another producer's", "claimed", "canceled"],
+)
+def test_revoke_leaves_alone_what_others_know_of(before: TaskRecord) -> None:
+    assert change(before, revoke()) == (before, False)
+
+
+def test_revoke_repeated_answers_as_the_first() -> None:
+    gone, first = change(after(None, create()), revoke())
+    assert change(gone, revoke()) == (gone, first)
+
+
+# ----------------------------------------------------------------- request cancel
+
+
+def test_cancel_of_an_unknown_task_writes_nothing() -> None:
+    assert change(None, cancel()) == (None, UNKNOWN)
+
+
+@pytest.mark.parametrize("status", [S.FINISHED, S.ERRORED, S.CANCELED])
+def test_cancel_of_an_ended_task_changes_nothing(status: TaskStatus) -> None:
+    assert change(record(status), cancel()) == (record(status), ALREADY_ENDED)
+
+
+@pytest.mark.parametrize("status", [S.SCHEDULED, S.RETRYING])
+def test_cancel_ends_what_waits(status: TaskStatus) -> None:
+    state, answer = change(record(status, owed=Owed.RETRY, due=NOW - 1), cancel())
+    assert answer == CANCELED_NOW
+    assert state is not None
+    assert (state.status, state.reason, state.ended_at) == (S.CANCELED, "user", NOW)
+    assert (state.owed, state.due, state.cancel) == (None, None, None)
+    assert state.expires_at is None, "kept until its message has come by"
+    seen, _ = change(state, claim(attempt=state.attempt))
+    assert seen is not None
+    assert seen.expires_at == NOW + DAY
+
+
+def test_cancel_of_what_runs_is_a_request_to_its_worker() -> None:
+    state, answer = change(record(), cancel())
+    assert answer == REQUESTED
+    assert state == record(cancel="user")
+
+
+def test_of_two_cancel_requests_the_first_one_counts() -> None:
+    assert after(record(), cancel(), cancel(reason="parent")) == record(cancel="user")
+
+
+@pytest.mark.parametrize("status", [S.SCHEDULED, S.RETRYING])
+def test_the_end_of_a_canceled_task_is_known_when_its_message_comes_back(
+    status: TaskStatus,
+) -> None:
+    # A state that is forgotten while the message waits makes the claim start it after all.
+    due = NOW + 30 * DAY
+    expires_at = after(record(status, due=due), cancel()).expires_at
+    assert expires_at is None or expires_at > due + 1
+
+
+# -------------------------------------------------------------------------- claim
+
+
+def test_claim_of_a_task_nobody_knows_makes_its_state_from_the_message() -> None:
+    operation = claim(attempt=2, deadline=NOW + 9, parent="p")
+    state, answer = change(None, operation)
+    assert state is not None
+    assert answer == Granted(state.fence, 0)
+    assert (state.status, state.attempt, state.lease) == (S.RUNNING, 2, "w2/1")
+    assert (state.name, state.job, state.parent) == ("add", "{}", "p")
+    assert (state.created_at, state.started_at, state.deadline) == (NOW, NOW, NOW + 9)
+    assert state.expires_at is None
+
+
+@pytest.mark.parametrize("status", [S.SCHEDULED, S.RETRYING])
+def test_claim_of_what_waits_is_granted(status: TaskStatus) -> None:
+    before = record(status, owed=Owed.PUBLISH, due=NOW, expires_at=NOW + 5)
+    state, answer = change(before, claim())
+    assert state is not None
+    assert answer == Granted(state.fence, 0)
+    assert (state.status, state.lease, state.owner) == (S.RUNNING, "w2/1", "w2")
+    assert (state.owed, state.due, state.expires_at) == (None, None, None)
+
+
+def test_claim_gives_a_fence_that_grows_even_if_the_store_was_emptied() -> None:
+    forgotten = after(None, claim())
+    assert forgotten.fence >= NOW * 1000
+    later = after(record(S.RETRYING, fence=forgotten.fence + 10**9), claim())
+    assert later.fence > forgotten.fence + 10**9
+    assert after(None, claim(now=NOW + 1)).fence > forgotten.fence
+
+
+def test_claim_by_the_same_delivery_gets_the_same_answer() -> None:
+    state, first = change(record(S.SCHEDULED), claim())
+    assert change(state, claim(now=NOW + 1)) == (state, first)
+
+
+def test_claim_of_what_runs_names_its_owner() -> None:
+    assert change(record(), claim()) == (record(), Held("w1"))
+
+
+def test_claim_by_another_delivery_to_the_same_worker_is_held_as_well() -> None:
+    assert change(record(), claim(lease="w1/2")) == (record(), Held("w1"))
+
+
+def test_claim_that_presumes_somebody_else_dead_is_held() -> None:
+    assert change(record(), claim(presumed_dead="w0")) == (record(), Held("w1"))
+
+
+def test_claim_from_the_dead_is_granted_and_counted_as_a_crash() -> None:
+    state, answer = change(record(crashes=1), claim(presumed_dead="w1"))
+    assert state is not None
+    assert answer == Granted(state.fence, 2)
+    assert (state.status, state.lease, state.crashes) == (S.RUNNING, "w2/1", 2)
+    assert state.fence > FENCE
+
+
+def test_claim_from_the_dead_honours_their_cancel_request() -> None:
+    state, answer = change(record(cancel="user"), claim(presumed_dead="w1"))
+    assert answer == Ended(S.CANCELED)
+    assert state is not None
+    assert (state.status, state.reason, state.cancel) == (S.CANCELED, "user", None)
+    assert state.expires_at == NOW + DAY
+
+
+@pytest.mark.parametrize("status", [S.FINISHED, S.ERRORED, S.CANCELED])
+@pytest.mark.parametrize("attempt", [1, 2, 3])
+def test_claim_of_an_ended_task_says_so(status: TaskStatus, attempt: int) -> None:
+    before = record(status, attempt=2, expires_at=NOW + 5)
+    assert change(before, claim(attempt=attempt)) == (before, Ended(status))
+
+
+def test_claim_of_an_errored_task_whose_message_is_owed_says_what_to_publish() -> None:
+    before = record(S.ERRORED, attempt=2, owed=Owed.ERROR, error="{}", expires_at=NOW + 5)
+    assert change(before, claim(attempt=2)) == (before, Owing(Owed.ERROR, 2, None, "{}"))
+    assert change(before, claim(attempt=1)) == (before, Ended(S.ERRORED))
+
+
+def test_claim_for_the_attempt_before_says_that_the_next_message_is_owed() -> None:
+    before = record(S.RETRYING, attempt=3, owed=Owed.RETRY, due=NOW + 8, error="{}")
+    assert change(before, claim(attempt=2)) == (before, Owing(Owed.RETRY, 3, NOW + 8, "{}"))
+    assert change(before, claim(attempt=1)) == (before, Duplicate(3))
+
+
+@pytest.mark.parametrize("status", [S.SCHEDULED, S.RUNNING, S.RETRYING])
+def test_claim_for_an_earlier_attempt_is_a_duplicate(status: TaskStatus) -> None:
+    before = record(status, attempt=2)
+    assert change(before, claim(attempt=1, presumed_dead="w1")) == (before, Duplicate(2))
+
+
+@pytest.mark.parametrize("status", [S.SCHEDULED, S.RETRYING])
+def test_claim_for_a_later_attempt_brings_the_state_up_to_it(status: TaskStatus) -> None:
+    assert after(record(status), claim(attempt=4)).attempt == 4
+
+
+# ------------------------------------------------------------------------- settle
+
+
+def test_settle_records_a_result() -> None:
+    state, answer = change(record(error="{}"), settle(result="42"))
+    assert answer == WRITTEN
+    assert state is not None
+    assert (state.status, state.result, state.error) == (S.FINISHED, "42", "{}")
+    assert (state.ended_at, state.expires_at) == (NOW, NOW + DAY)
+
+
+@pytest.mark.parametrize("result", ["0", '""', "[]", "null", "false"])
+def test_settle_keeps_results_that_are_false(result: str) -> None:
+    assert after(record(), settle(result=result)).result == result
+
+
+def test_settle_records_an_error_and_what_it_owes() -> None:
+    operation = settle(Event.FAIL, error="{}", reason="timeout", owed=Owed.ERROR)
+    state = after(record(), operation)
+    assert (state.status, state.error, state.reason) == (S.ERRORED, "{}", "timeout")
+    assert (state.owed, state.ended_at, state.expires_at) == (Owed.ERROR, NOW, NOW + DAY)
+
+
+def test_settle_records_the_next_attempt_and_when_it_is_due() -> None:
+    operation = settle(Event.RETRY, attempt=2, due=NOW + 8, error="{}", owed=Owed.RETRY)
+    state = after(record(), operation)
+    assert (state.status, state.attempt, state.due) == (S.RETRYING, 2, NOW + 8)
+    assert (state.owed, state.ended_at, state.expires_at) == (Owed.RETRY, None, None)
+
+
+def test_settle_records_a_cancellation_and_its_reason() -> None:
+    state = after(record(cancel="user"), settle(Event.CANCEL, reason="user"))
+    assert (state.status, state.reason, state.cancel) == (S.CANCELED, "user", None)
+
+
+def test_settle_gives_a_task_back_without_counting_the_attempt() -> None:
+    state = after(record(crashes=1), settle(Event.RELEASE))
+    assert (state.status, state.attempt, state.crashes) == (S.SCHEDULED, 1, 1)
+    assert after(state, claim()).crashes == 1
+    assert (state.ended_at, state.expires_at) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("event", "attempt"), [(Event.RELEASE, 1), (Event.RETRY, 2)], ids=["release", "retry"]
+)
+def test_a_requested_cancel_is_not_forgotten_when_the_attempt_ends_first(
+    event: Event, attempt: int
+) -> None:
+    # Whoever asked was told "requested"; no further attempt may start.
+    left = after(record(), cancel(), settle(event, attempt=attempt, owed=None))
+    _, answer = change(left, claim(attempt=attempt))
+    assert answer == Ended(S.CANCELED)
+
+
+@pytest.mark.parametrize("stale", [{"lease": "w2/1"}, {"lease": "w1/2"}, {"fence": FENCE - 1}])
+@pytest.mark.parametrize("event", [event for event in Event if event is not Event.CLAIM])
+def test_settle_with_a_stale_lease_writes_nothing(event: Event, stale: dict[str, Any]) -> None:
+    before = record()
+    assert change(before, settle(event, **stale)) == (before, STALE)
+
+
+@pytest.mark.parametrize("event", [event for event in Event if event is not Event.CLAIM])
+@pytest.mark.parametrize("requested", [None, "user"], ids=["", "cancel requested"])
+def test_settle_repeated_answers_as_the_first(event: Event, requested: str | None) -> None:
+    attempt = 2 if event is Event.RETRY else 1
+    state, first = change(record(cancel=requested), settle(event, attempt=attempt))
+    assert first == WRITTEN
+    assert change(state, settle(event, attempt=attempt, now=NOW + 1)) == (state, first)
+
+
+def test_settle_does_not_overwrite_an_end_with_another() -> None:
+    before = after(record(), settle())
+    assert change(before, settle(Event.FAIL)) == (before, STALE)
+    assert change(before, settle(Event.RETRY, attempt=2)) == (before, STALE)
+
+
+def test_settle_into_an_emptied_store_writes_the_state_anew() -> None:
+    state, answer = change(None, settle(result="42"))
+    assert answer == WRITTEN
+    assert state is not None
+    assert (state.task_id, state.name, state.status) == ("t", "add", S.FINISHED)
+    assert (state.result, state.fence, state.lease) == ("42", FENCE, "w1/1")
+    assert state.expires_at == NOW + DAY
+
+
+def test_a_state_written_anew_gets_its_job_back_with_the_next_claim() -> None:
+    for event, attempt in [(Event.RELEASE, 1), (Event.RETRY, 2)]:
+        state = after(None, settle(event, attempt=attempt), claim(attempt=attempt, parent="p"))
+        assert (state.job, state.parent) == ("{}", "p")
+
+
+# --------------------------------------------------------------------------- laws
+
+LEASES = st.sampled_from(["w1/1", "w1/2", "w2/1"])
+SMALL = st.integers(1, 4)
+MOMENTS = st.floats(min_value=0, max_value=1e4)
+TEXTS = st.none() | st.sampled_from(["a", "b"])
+OWED = st.none() | st.sampled_from(Owed)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> TaskRecord | None:
+    if draw(st.integers(0, 9)) == 0:
+        return None
+    status = draw(st.sampled_from(S))
+    ended_at = draw(MOMENTS) if status.ended else None
+    return TaskRecord(
+        task_id="t",
+        name="add",
+        job="{}",
+        status=status,
+        attempt=draw(SMALL),
+        fence=draw(st.integers(0, 3)),
+        lease=draw(LEASES) if status is S.RUNNING else draw(st.just("") | LEASES),
+        crashes=draw(SMALL),
+        created_at=draw(MOMENTS),
+        updated_at=draw(MOMENTS),
+        ended_at=ended_at,
+        due=draw(st.none() | MOMENTS),
+        result=draw(TEXTS),
+        error=draw(TEXTS),
+        reason=draw(TEXTS),
+        cancel=draw(st.none() | st.just("user")) if status is S.RUNNING else None,
+        owed=draw(OWED),
+        nonce=draw(st.sampled_from(["n", "m"])),
+        expires_at=draw(st.none() | MOMENTS),
+    )
+
+
+SETTLES = st.builds(
+    settle,
+    st.sampled_from([event for event in Event if event is not Event.CLAIM]),
+    lease=LEASES,
+    fence=st.integers(0, 3),
+    attempt=SMALL,
+    now=MOMENTS,
+    owed=OWED,
+)
+CLAIMS = st.builds(
+    claim,
+    attempt=SMALL,
+    lease=LEASES,
+    now=MOMENTS,
+    presumed_dead=st.none() | st.sampled_from(["w1", "w2"]),
+)
+OTHERS: list[st.SearchStrategy[Any]] = [
+    st.builds(create, nonce=st.sampled_from(["n", "m"]), now=MOMENTS),
+    st.builds(discharge, st.sampled_from(Owed), attempt=SMALL, ttl=st.none() | MOMENTS),
+    st.builds(revoke, nonce=st.sampled_from(["n", "m"])),
+    st.builds(cancel, now=MOMENTS),
+]
+CHANGES: st.SearchStrategy[Change] = st.one_of(CLAIMS, SETTLES, *OTHERS)
+
+
+@given(before=records(), operation=CHANGES)
+def test_an_operation_is_answered_with_its_own_type_and_spares_its_input(
+    before: TaskRecord | None, operation: Change
+) -> None:
+    kinds: dict[type[Change], type[object] | tuple[type[object], ...]] = {
+        Create: Created,
+        Discharge: type(None),
+        Revoke: bool,
+        RequestCancel: CancelAnswer,
+        Claim: (Granted, Held, Ended, Duplicate, Owing),
+        Settle: Settled,
+    }
+    copy = None if before is None else replace(before)
+    _, answer = change(before, operation)
+    assert isinstance(answer, kinds[type(operation)])
+    assert before == copy
+
+
+@given(before=records(), operation=CHANGES)
+def test_every_change_of_status_is_in_the_table(
+    before: TaskRecord | None, operation: Change
+) -> None:
+    state, _ = change(before, operation)
+    if before is None or state is None or state.status is before.status:
+        return
+    status = before.status
+    if isinstance(operation, Settle):
+        if operation.fence > before.fence:
+            # The store has forgotten the claim that this settles.
+            status = TRANSITIONS[status][Event.CLAIM]
+        assert status in sources(operation.event)
+    assert state.status in TRANSITIONS[status].values()
+
+
+@given(before=records(), operations=st.lists(CHANGES, max_size=6))
+def test_a_fence_never_goes_back_and_grows_with_every_new_lease(
+    before: TaskRecord | None, operations: list[Change]
+) -> None:
+    for operation in operations:
+        state, _ = change(before, operation)
+        if before is not None and state is not None:
+            assert state.fence >= before.fence
+            if state.lease != before.lease:
+                assert state.fence > before.fence
+        before = state
+
+
+@given(before=records(), operation=CHANGES)
+def test_ended_states_keep_everything_but_what_they_owe_and_when_they_expire(
+    before: TaskRecord | None, operation: Change
+) -> None:
+    assume(before is not None and before.status.ended)
+    state, _ = change(before, operation)
+    assert before is not None
+    assert state is not None
+    differing = {
+        each.name
+        for each in fields(TaskRecord)
+        if getattr(state, each.name) != getattr(before, each.name)
+    }
+    assert differing <= {"owed", "expires_at"}
+
+
+@given(before=records(), operation=CHANGES, later=st.floats(min_value=0, max_value=100))
+def test_a_write_that_is_repeated_answers_as_the_first_and_changes_nothing_more(
+    before: TaskRecord | None, operation: Change, later: float
+) -> None:
+    assume(not isinstance(operation, Revoke | RequestCancel))
+    state, first = change(before, operation)
+    again = replace(operation, now=operation.now + later)
+    repeated, second = change(state, again)
+    assert second == first
+    if first != STALE and not isinstance(operation, Discharge):
+        assert repeated == state
+
+
+@given(before=records(), operation=SETTLES)
+def test_a_lease_that_another_one_followed_writes_nothing(
+    before: TaskRecord | None, operation: Settle
+) -> None:
+    assume(before is not None)
+    state, answer = change(before, operation)
+    assert before is not None
+    if operation.fence < before.fence or (
+        operation.fence == before.fence and operation.lease != before.lease
+    ):
+        assert answer == STALE
+    if answer == STALE:
+        assert state == before
+
+
+@given(before=records(), operation=CLAIMS)
+def test_a_granted_claim_holds_the_lease_and_takes_it_from_the_dead_only(
+    before: TaskRecord | None, operation: Claim
+) -> None:
+    state, answer = change(before, operation)
+    if not isinstance(answer, Granted):
+        return
+    assert state is not None
+    assert (state.status, state.lease, state.fence) == (S.RUNNING, operation.lease, answer.fence)
+    if before is not None and before.status is S.RUNNING and before.lease != operation.lease:
+        assert before.owner == operation.presumed_dead
+        assert state.crashes == before.crashes + 1
+        assert before.cancel is None
+    if before is not None:
+        assert state.attempt >= before.attempt
+
+
+@given(before=records(), operation=CHANGES)
+def test_what_waits_or_runs_does_not_expire_and_what_has_ended_does(
+    before: TaskRecord | None, operation: Change
+) -> None:
+    state, _ = change(before, operation)
+    if state is None or (before is not None and state.status is before.status):
+        return
+    unpublished = state.status is S.SCHEDULED and state.owed is Owed.PUBLISH
+    its_message_waits = isinstance(operation, RequestCancel)
+    expires = (state.status.ended and not its_message_waits) or unpublished
+    assert (state.expires_at is not None) == expires
+    assert (state.ended_at is not None) == state.status.ended
+
+
+@pytest.mark.parametrize(
+    ("lease", "owner"), [("w1/1", "w1"), ("host/7/1", "host/7"), ("", ""), ("w1", "")]
+)
+def test_the_owner_is_the_lease_without_its_number(lease: str, owner: str) -> None:
+    assert record(lease=lease).owner == owner

@@ -1,0 +1,220 @@
+"""A RabbitMQ of the tests' own: Debian's package, a private node, nothing on default ports."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from .process import ServerProcess, free_port
+
+__all__ = ["RabbitServer", "rabbit_server"]
+
+_INSTALLED = Path("/usr/lib/rabbitmq")
+
+# What the `rabbit` application needs of the 70 directories that come with it. Erlang's
+# code server looks for every module in every directory of its path: with all of them a
+# start takes twice as long.
+_LIBRARIES = (
+    *(
+        "amqp10_common",
+        "aten",
+        "credentials_obfuscation",
+        "cuttlefish",
+        "enough",
+        "gen_batch_server",
+        "getopt",
+        "jsx",
+    ),
+    *(
+        "observer_cli",
+        "osiris",
+        "ra",
+        "rabbit",
+        "rabbit_common",
+        "rabbitmq_prelaunch",
+        "ranch",
+        "recon",
+        "seshat",
+    ),
+    *("stdout_formatter", "sysmon_handler", "syslog", "systemd"),
+)
+
+
+class RabbitServer:
+    """One RabbitMQ node with its own data, name, cookie and ports, on 127.0.0.1 only.
+
+    Args:
+        folder: an empty folder for everything that it writes.
+        config: lines for its `rabbitmq.conf`.
+    """
+
+    def __init__(self, folder: Path, config: Sequence[str] = ()) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._node = f"rabbit-{secrets.token_hex(4)}@localhost"
+        self._epmd_port = free_port()
+        self._prepare(config)
+        self._epmd = ServerProcess(
+            # In the foreground, so that it can be stopped: Erlang would start a daemon.
+            ["epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"],
+            log=folder / "epmd.log",
+            is_ready=lambda: _answers(self._epmd_port, b""),
+        )
+        self._process = ServerProcess(
+            # Not the `rabbitmq-server` script: it keeps a shell in between, and on Debian
+            # changes the user.
+            [
+                *("erl", "-noinput", "-s", "rabbit", "boot", "-boot", "start_sasl", "+W", "w"),
+                *("+S", "1:1", "+SDio", "2", "+sbwt", "none", "+sbwtdcpu", "none"),
+                *("+sbwtdio", "none", "+B", "i"),
+                *("-kernel", "inet_dist_use_interface", "{127,0,0,1}"),
+                *("-kernel", "prevent_overlapping_partitions", "false"),
+                *("-syslog", "logger", "[]", "-syslog", "syslog_error_logger", "false"),
+            ],
+            log=folder / "rabbitmq.log",
+            is_ready=lambda: _answers(self.port, b"AMQP\x00\x00\x09\x01"),
+            env=self._environment(),
+        )
+
+    @property
+    def url(self) -> str:
+        return self.url_for()
+
+    def url_for(self, user: str = "guest", password: str = "guest", vhost: str = "%2F") -> str:
+        """Return the URL for a user and a virtual host, which is quoted already."""
+        return f"amqp://{user}:{password}@127.0.0.1:{self.port}/{vhost}"
+
+    def start(self) -> None:
+        """Start, and return when it takes connections."""
+        self._epmd.start()
+        self._process.start()
+
+    def stop(self) -> None:
+        """Stop it in good order, and everything that was started with it."""
+        self._process.signal(signal.SIGCONT)
+        self._process.stop()
+        self._epmd.stop()
+
+    def kill(self) -> None:
+        """SIGKILL: no goodbye, and nothing written that was not written yet."""
+        self._process.kill()
+
+    def restart(self) -> None:
+        """Kill it and bring it back with the data that it had."""
+        self.kill()
+        self._process.start()
+
+    def suspend(self) -> None:
+        """SIGSTOP: its sockets stay open, and nobody answers there."""
+        self._process.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.signal(signal.SIGCONT)
+
+    def ctl(self, *arguments: str, timeout: float = 60.0) -> str:
+        """Run `rabbitmqctl` against it and return what it printed. Takes about a second.
+
+        Raises:
+            RuntimeError: it failed; has what it printed.
+        """
+        port = str(free_port())
+        done = subprocess.run(
+            [str(_INSTALLED / "bin" / "rabbitmqctl"), "-q", *arguments],
+            env={
+                **os.environ,
+                **self._addresses(),
+                "RABBITMQ_CTL_DIST_PORT_MIN": port,
+                "RABBITMQ_CTL_DIST_PORT_MAX": port,
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}:\n{done.stdout}")
+        return done.stdout
+
+    def add_vhost(self, name: str, user: str = "guest") -> None:
+        """Add a virtual host in which `user` may do everything."""
+        self.ctl("add_vhost", name)
+        self.ctl("set_permissions", "-p", name, user, ".*", ".*", ".*")
+
+    def add_user(self, name: str, password: str, *, vhost: str = "/", may: str = ".*") -> None:
+        """Add a user who may configure, write and read what matches `may` in `vhost`."""
+        self.ctl("add_user", name, password)
+        self.ctl("set_permissions", "-p", vhost, name, may, may, may)
+
+    def _prepare(self, config: Sequence[str]) -> None:
+        libraries = self._folder / "libraries"
+        libraries.mkdir()
+        for name in _LIBRARIES:
+            [library] = _INSTALLED.glob(f"lib/rabbitmq_server-*/plugins/{name}-[0-9]*")
+            (libraries / library.name).symlink_to(library)
+        cookie = self._folder / ".erlang.cookie"
+        cookie.write_text(secrets.token_hex(16))
+        cookie.chmod(0o400)  # Erlang refuses one that others can read
+        (self._folder / "rabbitmq.conf").write_text("\n".join([*config, ""]))
+        (self._folder / "enabled_plugins").write_text("[].\n")
+        (self._folder / "environment").touch()
+
+    def _addresses(self) -> dict[str, str]:
+        return {
+            "HOME": str(self._folder),
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": self._node,
+            "RABBITMQ_CONF_ENV_FILE": str(self._folder / "environment"),
+        }
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **self._addresses(),
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_HOME": str(self._folder),
+            "RABBITMQ_PLUGINS_DIR": str(self._folder / "libraries"),
+            "RABBITMQ_MNESIA_BASE": str(self._folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self._folder / "log"),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_CONFIG_FILE": str(self._folder / "rabbitmq.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self._folder / "enabled_plugins"),
+            "ERL_LIBS": str(self._folder / "libraries"),
+            "ERL_MAX_ETS_TABLES": "50000",
+            "SYS_PREFIX": "",
+        }
+
+
+def _answers(port: int, greeting: bytes) -> bool:
+    """Tell whether somebody listens on `port` and, if greeted, says something."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5.0) as sock:
+            if not greeting:
+                return True
+            sock.sendall(greeting)
+            return bool(sock.recv(1))
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def rabbit_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """A RabbitMQ for all tests of the run. To be imported by the modules that use it."""
+    if shutil.which("erl") is None or not _INSTALLED.exists():
+        pytest.skip("needs Debian's package rabbitmq-server")
+    server = RabbitServer(tmp_path_factory.mktemp("rabbitmq"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
