@@ -49,7 +49,7 @@ lint-format: $(VENV)/tools-stamp
 	$(IN_VENV) ruff format --check .
 
 lint-cancellation: $(VENV)/tools-stamp
-	$(IN_VENV) flake8 --isolated --extend-exclude=$(VENV),build --select=ASYNC101,ASYNC102,ASYNC103 .
+	$(IN_VENV) flake8 --isolated --select=ASYNC101,ASYNC102,ASYNC103 amqp_tasks examples
 
 types-mypy: $(VENV)/tools-stamp
 	$(IN_VENV) mypy

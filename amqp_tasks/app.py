@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cached_property, partial
 from inspect import signature
@@ -157,7 +157,7 @@ class TaskApp:
     # ---------------------------------------------------------------- producing
 
     @asynccontextmanager
-    async def connect(self) -> AsyncIterator[TaskApp]:
+    async def connect(self) -> AsyncGenerator[TaskApp, None]:
         """Connect to the broker and the state store for as long as the block.
 
         Within it tasks can be called and handles be used, anywhere on this event loop.
@@ -237,7 +237,7 @@ class TaskApp:
         return TaskHandle(message.task_id, self._client, task.signature.decode_result)
 
     @asynccontextmanager
-    async def remote_task_group(self) -> AsyncIterator[RemoteTaskGroup]:
+    async def remote_task_group(self) -> AsyncGenerator[RemoteTaskGroup, None]:
         """A task group whose children run on any worker: ``await group.start(task, ...)``.
 
         Leaving the block waits until all children have ended. When one fails, or the
@@ -297,7 +297,7 @@ class TaskApp:
     # ------------------------------------------------------------------ working
 
     @asynccontextmanager
-    async def worker(self) -> AsyncIterator[Worker]:
+    async def worker(self) -> AsyncGenerator[Worker, None]:
         """Run a worker for as long as the block; leaving it drains the worker.
 
         Tasks that still run after `shutdown_grace` seconds are cancelled and given back to
@@ -381,7 +381,7 @@ class TaskApp:
         )
 
     @asynccontextmanager
-    async def _io_loop(self, name: str) -> AsyncIterator[IoLoop]:
+    async def _io_loop(self, name: str) -> AsyncGenerator[IoLoop, None]:
         if self.settings.in_memory:
             yield SameLoop()
             return
@@ -389,7 +389,7 @@ class TaskApp:
             yield io
 
     @contextmanager
-    def _using(self, client: Client) -> Iterator[None]:
+    def _using(self, client: Client) -> Generator[None, None, None]:
         entry = (anyio.lowlevel.current_token(), client)
         self._clients.append(entry)
         try:

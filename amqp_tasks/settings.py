@@ -226,7 +226,8 @@ def load_settings(keywords: dict[str, Any], flags: dict[str, Any] | None = None)
     """
     flags = flags or {}
     try:
-        return Settings(**{**keywords, _FLAGS: flags})
+        values: dict[str, Any] = {**keywords, _FLAGS: flags}
+        return Settings(**values)
     except ValidationError as error:
         raise SettingsError(_explain(error, keywords, flags)) from None
 
@@ -247,7 +248,7 @@ def hide_password(url: str) -> str:
 
 
 def _explain(error: ValidationError, keywords: dict[str, Any], flags: dict[str, Any]) -> str:
-    lines = []
+    lines: list[str] = []
     for detail in error.errors(include_url=False):
         name = str(detail["loc"][0]) if detail["loc"] else ""
         message = detail["msg"].removeprefix("Value error, ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import trio.testing
 
 from .clock import VirtualClockLoop
 
-VIRTUAL_CLOCKS = {
+Backend = Callable[[], tuple[str, dict[str, Any]]]
+
+VIRTUAL_CLOCKS: dict[str, Backend] = {
     "asyncio-virtual": lambda: ("asyncio", {"loop_factory": VirtualClockLoop}),
     "trio-virtual": lambda: ("trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}),
 }
-REAL_CLOCKS = {
+REAL_CLOCKS: dict[str, Backend] = {
     "asyncio": lambda: ("asyncio", {"use_uvloop": False}),
     "uvloop": lambda: ("asyncio", {"use_uvloop": True}),
     "trio": lambda: ("trio", {}),

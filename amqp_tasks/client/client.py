@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -85,7 +85,7 @@ class _ClientService:
 @asynccontextmanager
 async def open_client(
     io: IoLoop, servers: Servers, settings: Settings, *, clock: Callable[[], float]
-) -> AsyncIterator[Client]:
+) -> AsyncGenerator[Client, None]:
     """Connect a producer for as long as the block."""
     with single_error():
         service = await io.make(_ClientService, servers, settings, clock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, ParamSpec, Protocol, TypeVar
 from uuid import uuid4
@@ -112,7 +112,7 @@ class RemoteTaskGroup:
 @asynccontextmanager
 async def open_remote_task_group(
     client: Client, queue: Queue, *, grace: float
-) -> AsyncIterator[RemoteTaskGroup]:
+) -> AsyncGenerator[RemoteTaskGroup, None]:
     """Open a group of children that run on any worker.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import Context, ContextVar
 from enum import StrEnum
@@ -117,7 +117,7 @@ class Attempt:
             self._reason = CancelReason.BLOCKED_LOOP
 
     @asynccontextmanager
-    async def without_slot(self) -> AsyncIterator[None]:
+    async def without_slot(self) -> AsyncGenerator[None, None]:
         """Let another task have this one's slot in the worker, for as long as the block.
 
         For a task that waits for other tasks: those may need the slot. Leaving the block
@@ -131,7 +131,7 @@ class Attempt:
         finally:
             self._waiters -= 1
             if self._waiters == 0 and not self.cancel_scope.cancel_called:
-                await self._take_slot()
+                await self._take_slot()  # noqa: ASYNC102  may be cancelled, and then goes without
 
     async def log(self, message: Any) -> None:
         """Append a message (any JSON value) to the task's event log.

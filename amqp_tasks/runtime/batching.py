@@ -7,7 +7,7 @@ under way an operation leaves at once, and the busier the worker, the larger the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, TypeVar, cast
 
@@ -70,7 +70,7 @@ class StateClient:
         return [question.answer for question in questions]
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
+    async def open(self) -> AsyncGenerator[None, None]:
         """Connect to the store, and answer questions for as long as the block."""
         async with self._store.open(), anyio.create_task_group() as tasks:
             with self._running():
@@ -88,6 +88,7 @@ class StateClient:
 
     async def _carry(self, questions: Sequence[_Question]) -> None:
         # The store's own timeouts bound this; a client library is not to be interrupted.
+        answers: Sequence[Any] = ()
         with anyio.CancelScope(shield=True):
             try:
                 answers = await self._store.apply([question.operation for question in questions])
@@ -105,7 +106,7 @@ class StateClient:
         return question
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> Generator[None, None, None]:
         self._is_running = True
         try:
             yield

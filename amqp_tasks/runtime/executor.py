@@ -155,7 +155,7 @@ class Executor:
         try:
             with attempt.cancel_scope:
                 outcome = await self._outcome(job, attempt)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103  the scope was the attempt's own
             # Interrupted within user code that is not the function: a validator, or so.
             outcome = Failed(attempt.blocked or describe(error))
         finally:
@@ -202,7 +202,7 @@ class Executor:
                 raised.failure,
                 may_retry=not known or isinstance(raised.error, job.retry.retry_on),
             )
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103  the caller's scope is cancelled, and ends here
             if attempt.cancel_reason is not None:
                 return _cancelled(attempt, attempt.cancel_reason, error)
             # A cancellation that nobody of ours asked for is among these. Taken for a
@@ -233,7 +233,7 @@ class Executor:
     async def _collect(
         self, definition: TaskDefinition, attempt: Attempt, args: Any, kwargs: Any
     ) -> list[Any]:
-        results = []
+        results: list[Any] = []
         async with aclosing(definition.func(*args, **kwargs)) as generator:
             async for item in generator:
                 match item:

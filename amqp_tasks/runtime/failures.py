@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -67,7 +67,7 @@ def failure_from_text(text: str | None) -> Failure:
 
 
 @contextmanager
-def single_error() -> Iterator[None]:
+def single_error() -> Generator[None, None, None]:
     """Raise, in place of a group that holds one error, that error.
 
     For the public edge: that task groups are at work inside is no business of whoever

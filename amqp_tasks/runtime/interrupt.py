@@ -20,10 +20,11 @@ Laws of the handler:
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final, NoReturn
@@ -156,16 +157,18 @@ class Interrupter:
 @contextmanager
 def open_interrupter(
     view: LoopView, cancel_soon: Callable[[Callable[[], None]], object], limits: Limits
-) -> Iterator[Interrupter | None]:
+) -> Generator[Interrupter | None]:
     """Be able to interrupt for as long as the block; None, and a line in the log, if not."""
     problem = _problem(view)
     if problem:
         if limits.grace:
             log.warning(
                 "the watchdog can interrupt nobody, because %s: a task that captures the "
-                "event loop is named and, %g s later, ends this process",
+                "event loop is named%s",
                 problem,
-                limits.grace,
+                ""
+                if math.isinf(limits.grace)
+                else f", and {limits.grace:g} s later this process ends",
             )
         yield None
         return

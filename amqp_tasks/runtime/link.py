@@ -155,6 +155,7 @@ class Link:
     async def _while_open(self, session: BrokerSession) -> str:
         if self.use_session is None:
             return await session.wait_closed()
+        reason = ""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.use_session, session)
             reason = await session.wait_closed()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from types import FrameType
@@ -194,7 +194,7 @@ class _Collections:
         self._cpu_began = 0.0
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> Generator[None]:
         gc.callbacks.append(self._notice)
         try:
             yield
@@ -256,7 +256,7 @@ def _module(frame: FrameType) -> str:
     return name + "."
 
 
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+def _frames(frame: FrameType | None) -> Generator[FrameType, None, None]:
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -116,7 +116,7 @@ def _run(
         found: Any = getattr(import_module(module), name)
         func = found.func if isinstance(found, TaskDefinition) else found
         return False, func(*args, **kwargs)
-    except BaseException as error:
+    except BaseException as error:  # noqa: ASYNC103  there is no event loop here
         return True, (describe(error), _pickled(error))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -78,7 +78,7 @@ class Producer:
         self._clock = clock
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
+    async def open(self) -> AsyncGenerator[None, None]:
         """Listen for the ends of tasks, for as long as the block."""
         async with self._ends.open(), anyio.create_task_group() as self._services:
             try:
@@ -219,7 +219,7 @@ class EndWatch:
         self._waiting: dict[str, set[anyio.Event]] = {}
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
+    async def open(self) -> AsyncGenerator[None, None]:
         async with self._store.listen() as self._listener, anyio.create_task_group() as tasks:
             tasks.start_soon(self._hear)
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import anyio
 from anyio.abc import TaskStatus
@@ -48,8 +49,9 @@ class Records:
                 if isinstance(error, StateStoreError):
                     log.warning("a task's event log could not be written: %s", error)
 
-    def note(self, attempt: Attempt, entry: str) -> None:
+    def note(self, attempt: Attempt, kind: str, message: Any) -> None:
         """Append an entry to a task's event log soon."""
+        entry = attempt.entry(kind, message)
         self._notes.put(
             AppendEvents(task_id=attempt.task_id, fence=attempt.fence, entries=(entry,))
         )

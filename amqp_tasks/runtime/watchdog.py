@@ -10,6 +10,8 @@ as often. When the loop is captured (`capture` says when that is):
 3. If the grace is over and the loop still captured, nothing in this process can be saved.
    The I/O loop settles the task, gives all others back, and leaves; the process ends.
 
+With drivers in memory it ends at 2: what is in memory would be lost with the process.
+
 Each of the guards is watched by a simpler one. The thread watches the loop; an interval
 timer does (`interrupt`) while the thread cannot run; and if that thread, whatever the
 reason, does not look any more, `faulthandler` ends the process without asking Python.
@@ -19,10 +21,11 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, NoReturn
 
@@ -53,23 +56,27 @@ Post = Callable[..., object]
 
 
 @asynccontextmanager
-async def open_watchdog(io: IoLoop, settings: Settings) -> AsyncIterator[Watchdog | None]:
+async def open_watchdog(io: IoLoop, settings: Settings) -> AsyncGenerator[Watchdog | None]:
     """Watch the loop that this is called on for as long as the block; None if that is off."""
     if not settings.auto_kill_timeout:
         yield None
         return
-    grace = settings.cancel_grace if settings.on_blocked_loop == "interrupt" else 0.0
-    limits = Limits(settings.auto_kill_timeout, grace)
     view, to_tasks = view_of_this_loop(), postbox_of_this_loop().post
-    # Drivers in memory share the loop that they would have to help.
-    to_io = io.post if isinstance(io, ThreadLoop) else None
+    post: Post
+    if isinstance(io, ThreadLoop):
+        grace = settings.cancel_grace if settings.on_blocked_loop == "interrupt" else 0.0
+        post = io.post
+    else:
+        # Drivers in memory are on the loop that they would have to help.
+        grace, post = math.inf, to_tasks
+    limits = Limits(settings.auto_kill_timeout, grace)
     delay = max(limits.timeout + limits.grace, LOST_HEARTBEATS * settings.heartbeat)
     with (
         _last_resort(delay) as last_resort,
         view.open(),
         open_interrupter(view, to_tasks, limits) as interrupter,
     ):
-        watchdog = Watchdog(view, limits, interrupter, last_resort, to_io, to_tasks)
+        watchdog = Watchdog(view, limits, interrupter, last_resort, post)
         async with anyio.create_task_group() as tasks:
             living = anyio.CancelScope(shield=True)
             tasks.start_soon(_beat, view, limits.pause, living)
@@ -92,8 +99,7 @@ class Watchdog:
     """Looks at a task loop from a thread of its own. Made by `open_watchdog`.
 
     Args:
-        to_io: posts to the I/O loop; None if that is the task loop itself.
-        to_tasks: posts to the task loop.
+        post: posts to the I/O loop.
     """
 
     def __init__(
@@ -102,8 +108,7 @@ class Watchdog:
         limits: Limits,
         interrupter: Interrupter | None,
         last_resort: _LastResort,
-        to_io: Post | None,
-        to_tasks: Post,
+        post: Post,
     ) -> None:
         self.records: Records | None = None
         """Set by the worker as soon as there are any."""
@@ -111,8 +116,7 @@ class Watchdog:
         self._limits = limits
         self._interrupter = interrupter
         self._last_resort = last_resort
-        self._to_io = to_io
-        self._to_tasks = to_tasks
+        self._post = post
         self._sight: Sight | None = None
         self._capture: Capture | None = None
         self._ended = threading.Event()
@@ -129,7 +133,10 @@ class Watchdog:
     def _run(self) -> None:
         while not self._ended.wait(self._limits.pause):
             self._last_resort.put_off()
-            self._look(time.monotonic())
+            try:
+                self._look(time.monotonic())
+            except Exception:  # better one look that failed than no watchdog
+                log.exception("the watchdog could not look")
 
     def _look(self, now: float) -> None:
         view, before = self._view, self._sight
@@ -172,9 +179,8 @@ class Watchdog:
             "%s captured the event loop for %.1f s\n%s", _who(capture), seconds, capture.stack
         )
         if attempt is not None and self.records is not None:
-            post = self._to_io or self._to_tasks
-            entry = attempt.entry("blocked_loop", {"seconds": seconds, "stack": capture.stack})
-            post(self.records.note, attempt, entry)
+            message = {"seconds": seconds, "stack": capture.stack}
+            self._post(self.records.note, attempt, "blocked_loop", message)
 
     # --------------------------------------------------------- 3. end with it
 
@@ -192,8 +198,8 @@ class Watchdog:
         # If nobody knows who it is, nobody is cleared either: the tasks stay claimed, and
         # whoever takes them counts a crash, so that this cannot go on for ever.
         is_known = capture.attempt is not None or capture.task is not None
-        if self._to_io is not None and self.records is not None and is_known:
-            self._to_io(self.records.abandon, capture.attempt, capture.failure())
+        if self.records is not None and is_known:
+            self._post(self.records.abandon, capture.attempt, capture.failure())
             if not self.records.left.wait(PATIENCE):
                 log.critical("not everything could be settled within %g s", PATIENCE)
         os._exit(EXIT_BLOCKED)
@@ -225,6 +231,8 @@ class _LastResort:
         self._put_off_at = -delay
 
     def put_off(self, delay: float | None = None) -> None:
+        if math.isinf(self._delay):
+            return
         now = time.monotonic()
         # Each time costs a thread, so not at each look.
         if delay is not None or now - self._put_off_at >= min(1.0, self._delay / 10):
@@ -234,7 +242,7 @@ class _LastResort:
 
 
 @contextmanager
-def _last_resort(delay: float) -> Iterator[_LastResort]:
+def _last_resort(delay: float) -> Generator[_LastResort]:
     last_resort = _LastResort(delay)
     last_resort.put_off()
     try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -108,7 +108,11 @@ class _WorkerService:
         self._watch = CancelWatch(
             store, state, self.owner, consumer.running, settings.cancel_poll_interval
         )
-        info = {"host": platform.node(), "pid": os.getpid(), "queue": settings.queue}
+        info: dict[str, object] = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "queue": settings.queue,
+        }
         self._presence = Presence(state, self.owner, settings.presence_ttl, info)
         self._stop_called = anyio.Event()
         self.records = Records(state, consumer, self.stop)
@@ -176,7 +180,7 @@ async def open_worker(
     settings: Settings,
     *,
     clock: Callable[[], float],
-) -> AsyncIterator[Worker]:
+) -> AsyncGenerator[Worker, None]:
     """Run a worker for as long as the block; leaving the block stops it with its grace."""
     with single_error():
         # First of all, and left last: it watches while the worker starts and stops, too.
@@ -199,7 +203,9 @@ async def open_worker(
             executor.append = append
             worker = Worker(io, service)
             async with anyio.create_task_group() as outer:
-                await outer.start(executor.run)
+                # Nobody but `stop` ends it: a start that is cancelled would never return.
+                with anyio.CancelScope(shield=True):
+                    await outer.start(executor.run)
                 try:
                     async with anyio.create_task_group() as inner:
                         await inner.start(worker.serve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,9 +61,10 @@ def app(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> TaskApp:
 def start_worker(env: dict[str, str], backend: str, tmp_path: Path) -> Iterator[StartWorker]:
     """Starts worker processes, and sees to it that they are gone after the test."""
     workers: list[WorkerProcess] = []
+    numbers = itertools.count()  # several may be started at once, in threads
 
     def start(*flags: str, **more_env: str) -> WorkerProcess:
-        log = tmp_path / f"worker-{len(workers)}.log"
+        log = tmp_path / f"worker-{next(numbers)}.log"
         worker = WorkerProcess(log, {**env, **more_env}, "--backend", backend, *flags)
         workers.append(worker)
         return worker

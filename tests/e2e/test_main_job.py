@@ -9,6 +9,7 @@ import signal
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -145,7 +146,7 @@ async def test_what_cannot_be_run_goes_to_the_error_queue_with_the_reason(
 ) -> None:
     start_worker()
     amqp, queue = Amqp(rabbit_server), app.settings.queue
-    call = {"args": [], "kwargs": {}}
+    call: dict[str, Any] = {"args": [], "kwargs": {}}
     async with app.connect():
         amqp.publish(queue, b"\xff\x00 no JSON")
         amqp.publish(queue, json.dumps({**call, "func": "os.getcwd", "task_id": "u"}).encode())

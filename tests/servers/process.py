@@ -85,8 +85,6 @@ class ServerProcess:
         if self._process is None:
             return
         self.signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pass
         self.kill()

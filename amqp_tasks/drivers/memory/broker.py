@@ -1,11 +1,14 @@
 """Queues in memory."""
 
+# One thing in four classes: they know each other's insides.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import heapq
 import itertools
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +63,7 @@ class MemoryBroker:
         self._sessions: set[_MemorySession] = set()
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[_MemorySession]:
+    async def session(self) -> AsyncGenerator[_MemorySession, None]:
         """Open a session; there is nothing that could refuse it."""
         await anyio.lowlevel.checkpoint()
         session = _MemorySession(self)
@@ -162,7 +165,9 @@ class _MemorySession:
         self._broker._route(publication.queue.name, publication.body, publication.headers)
 
     @asynccontextmanager
-    async def consume(self, queue: str, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:
+    async def consume(
+        self, queue: str, prefetch: int
+    ) -> AsyncGenerator[AsyncIterator[Delivery], None]:
         await anyio.lowlevel.checkpoint()
         self._check_open()
         consumer = _MemoryConsumer(self._broker, queue, prefetch)

@@ -6,7 +6,7 @@ import heapq
 import itertools
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -55,7 +55,7 @@ class MemoryStore:
         self._listeners: set[_MemoryListener] = set()
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
+    async def open(self) -> AsyncGenerator[None, None]:
         """Open; there is nothing that could refuse it."""
         await anyio.lowlevel.checkpoint()
         yield
@@ -66,7 +66,7 @@ class MemoryStore:
         return [self._answer(operation) for operation in operations]
 
     @asynccontextmanager
-    async def listen(self) -> AsyncIterator[_MemoryListener]:
+    async def listen(self) -> AsyncGenerator[_MemoryListener, None]:
         listener = _MemoryListener()
         self._listeners.add(listener)
         try:

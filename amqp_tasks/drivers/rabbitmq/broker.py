@@ -57,7 +57,7 @@ class RabbitBroker:
                 raise self._refusal(error, streams, connection.vhost) from error
             yield session
         finally:
-            await link.close(session.flush)
+            await link.close(session.flush)  # noqa: ASYNC102  shields and limits itself
 
     def _refusal(self, error: Exception, streams: Streams, vhost: str) -> BrokerError:
         doing = f"cannot connect to RabbitMQ at {self._address}"
