@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .cli import main
+# Not relative: a process for tasks with process=True runs this file outside of its package.
+from amqp_tasks.cli import main
 
 if __name__ == "__main__":
     main(prog_name="python -m amqp_tasks")

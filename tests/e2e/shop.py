@@ -86,3 +86,34 @@ async def with_request(foo: str) -> str:
 
 async def undecorated(word: str, kw_arg: str = "") -> str:
     return word + kw_arg
+
+
+@app.task
+async def adds_up(children: int) -> int:
+    """Have others add, and add up what they say."""
+    async with app.remote_task_group() as group:
+        handles = [await group.start(add, n, n) for n in range(children)]
+    return sum([await handle.result() for handle in handles])
+
+
+@app.task
+async def tree(path: str, depth: int, width: int) -> None:
+    """Grow a tree of tasks whose leaves sleep."""
+    async with app.remote_task_group() as group:
+        for _ in range(width):
+            if depth == 1:
+                await group.start(nap, path, "leaf", 60)
+            else:
+                await group.start(tree, path, depth - 1, width)
+
+
+@app.task(retry=RetryPolicy(max_retries=0))
+async def fails_at_once() -> None:
+    raise LookupError("never there")
+
+
+@app.task(process=True, retry=RetryPolicy(max_retries=0))
+def burns_a_core(path: str) -> None:
+    record(path, "start", os.getpid())
+    while True:
+        pass

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["WorkerProcess", "run_python"]
+__all__ = ["WorkerProcess", "run_python", "start_python"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +34,21 @@ def run_python(
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+@contextmanager
+def start_python(
+    *arguments: str, env: Mapping[str, str]
+) -> Generator[subprocess.Popen[bytes], None, None]:
+    """Run Python for as long as the block."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], env=environment(env), cwd=ROOT, stdin=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 class WorkerProcess:
