@@ -230,7 +230,7 @@ nobody would look for it any more, and a task that shall be cancelled does not g
 
 
 class Settled(str):
-    """``written``, or ``stale``: somebody else holds the task, nothing was written."""
+    """``written``; or ``stale``: somebody else holds the task, or it was canceled instead."""
 
     __slots__ = ()
 
@@ -413,7 +413,6 @@ def _canceled(record: TaskRecord, reason: str, *, now: float, ttl: float | None)
         reason=reason,
         cancel=None,
         owed=None,
-        due=None,
         updated_at=now,
         ended_at=now,
         expires_at=None if ttl is None else now + ttl,
@@ -473,7 +472,8 @@ def _claim_of_ended(record: TaskRecord, op: Claim) -> tuple[TaskRecord, ClaimAns
     if record.owed is Owed.ERROR and record.attempt == op.attempt:
         return record, Owing(Owed.ERROR, record.attempt, None, record.error)
     if record.expires_at is None:
-        record = replace(record, expires_at=op.now + op.ttl)
+        # This may be the copy of an earlier attempt, while the one that is due still waits.
+        record = replace(record, expires_at=max(op.now, record.due or 0.0) + op.ttl)
     return record, Ended(record.status)
 
 
@@ -493,10 +493,10 @@ def _settle(record: TaskRecord | None, op: Settle) -> tuple[TaskRecord | None, S
         return record, STALE
     if record.status not in sources(op.event):
         repeated = record.status is target(op.event) and record.attempt == op.attempt
-        repeated |= record.status is TaskStatus.CANCELED and op.event in YIELDING
         return record, WRITTEN if repeated else STALE
     if record.cancel is not None and op.event in YIELDING:
-        return _canceled(record, record.cancel, now=op.now, ttl=op.ttl), WRITTEN
+        # Stale, so that nothing is published that would outlive this state.
+        return _canceled(record, record.cancel, now=op.now, ttl=op.ttl), STALE
     status = target(op.event)
     settled = replace(
         record,

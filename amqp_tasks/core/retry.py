@@ -73,7 +73,7 @@ class RetryPolicy:
         if self.delay == 0:
             return 0.0
         try:
-            delay = min(self.max_delay, self.delay * self.backoff ** (attempt - 1))
+            delay = min(self.max_delay, self.delay * float(self.backoff) ** (attempt - 1))
         except OverflowError:
             delay = self.max_delay
         return delay * (1 + self.jitter * spread)

@@ -69,7 +69,7 @@ def _main_module_name(func: FunctionType) -> str:
         name: str = spec.name
         return name
     file = getattr(main, "__file__", None)
-    if file is None:
+    if file is None or file.startswith("<"):  # "<stdin>": a program that came through a pipe
         raise DefinitionError(
             f"{func.__name__} is defined in an interactive session, from which no worker can "
             "import it: move it to a module, or give it a name: @app.task(name='...')"

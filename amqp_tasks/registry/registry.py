@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..exceptions import DefinitionError, DuplicateTask, UnknownTask
+from ..exceptions import DuplicateTask, UnknownTask
 from .definition import TaskDefinition
 
 __all__ = ["TaskRegistry"]
@@ -69,8 +69,9 @@ class TaskRegistry:
             if isinstance(found, TaskDefinition):
                 return found
             task = TaskDefinition(found)
-        except (ImportError, AttributeError, DefinitionError) as error:
-            raise UnknownTask(f"{name!r} is not a function that can be run: {error}") from error
+        except (Exception, SystemExit) as error:  # importing runs the user's code
+            why = f"{type(error).__name__}: {error}"
+            raise UnknownTask(f"{name!r} is not a function that can be run: {why}") from error
         if task.name != name:
             # Imported from elsewhere: `json` in a served module is not served.
             raise UnknownTask(f"{name!r} is another name of {task.name!r}, which is not served")

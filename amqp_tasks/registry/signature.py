@@ -50,11 +50,12 @@ class CallSignature:
         Raises:
             ArgumentsError: they do not fit the signature or the annotations, or cannot
                 be written as JSON.
+            DefinitionError: an annotation is none that can be worked with.
         """
-        bound = self._bind(args, kwargs)
+        bound, adapter = self._bind(args, kwargs), self._arguments
         try:
-            values = self._arguments.validate_python(bound.arguments)
-            plain = self._arguments.dump_python(values, mode="json", by_alias=True, round_trip=True)
+            values = adapter.validate_python(bound.arguments)
+            plain = adapter.dump_python(values, mode="json", by_alias=True, round_trip=True)
         except ValidationError as error:
             raise ArgumentsError(f"task {self._name!r}: {_explain(error)}") from error
         except Exception as error:  # validators and serializers are the user's code
@@ -71,13 +72,12 @@ class CallSignature:
 
         Raises:
             ArgumentsError: they do not fit the signature or the annotations.
+            DefinitionError: an annotation is none that can be worked with.
         """
-        bound = self._bind(args, kwargs)
+        bound, adapter = self._bind(args, kwargs), self._arguments
         try:
             # By way of JSON text: there pydantic reads, say, a strict datetime from a text.
-            values = self._arguments.validate_json(
-                to_json(bound.arguments, inf_nan_mode="constants")
-            )
+            values = adapter.validate_json(to_json(bound.arguments, inf_nan_mode="constants"))
         except ValidationError as error:
             raise ArgumentsError(f"task {self._name!r}: {_explain(error)}") from error
         except Exception as error:  # validators are the user's code
@@ -92,10 +92,12 @@ class CallSignature:
 
         Raises:
             ArgumentsError: it does not fit the annotation or cannot be written as JSON.
+            DefinitionError: the annotation is none that can be worked with.
         """
+        adapter = self._result
         try:
-            checked = self._result.validate_python(value)
-            return self._result.dump_json(checked, by_alias=True, round_trip=True).decode()
+            checked = adapter.validate_python(value)
+            return adapter.dump_json(checked, by_alias=True, round_trip=True).decode()
         except ValidationError as error:
             raise ArgumentsError(
                 f"task {self._name!r}: its result does not fit its annotation: {_explain(error)}"

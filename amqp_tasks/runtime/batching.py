@@ -72,19 +72,23 @@ class StateClient:
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[None, None]:
         """Connect to the store, and answer questions for as long as the block."""
+        # Whoever is cancelled within the block may have a last word to say, and gets it
+        # through: the block's end alone ends this.
+        serving = anyio.CancelScope(shield=True)
         async with self._store.open(), anyio.create_task_group() as tasks:
             with self._running():
-                tasks.start_soon(self._run)
+                tasks.start_soon(self._run, serving)
                 try:
                     yield
                 finally:
-                    tasks.cancel_scope.cancel()
+                    serving.cancel()
 
-    async def _run(self) -> None:
-        while True:
-            questions = await self._inbox.take()
-            for start in range(0, len(questions), MAX_BATCH):
-                await self._carry(questions[start : start + MAX_BATCH])
+    async def _run(self, serving: anyio.CancelScope) -> None:
+        with serving:
+            while True:
+                questions = await self._inbox.take()
+                for start in range(0, len(questions), MAX_BATCH):
+                    await self._carry(questions[start : start + MAX_BATCH])
 
     async def _carry(self, questions: Sequence[_Question]) -> None:
         # The store's own timeouts bound this; a client library is not to be interrupted.

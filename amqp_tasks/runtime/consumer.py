@@ -335,8 +335,8 @@ class Consumer:
                 case WriteState(operation):
                     if await self._link.ask_persistently(operation) == STALE:
                         log.warning(
-                            "task %s was taken over by another worker; what it did here "
-                            "(%s) is not recorded",
+                            "task %s was taken over by another worker, or canceled as it ended: "
+                            "what it did here (%s) is not recorded",
                             operation.task_id,
                             operation.event,
                         )

@@ -38,23 +38,20 @@ class Records:
         self._state = state
         self._consumer = consumer
         self._stop = stop
-        self._notes: Inbox[AppendEvents] = Inbox()
+        self._notes: Inbox[tuple[Attempt, str, Any]] = Inbox()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Write what is noted, until cancelled."""
         task_status.started()
         while True:
-            answers = await self._state.ask_all(await self._notes.take())
-            for error in answers:
+            operations = [_append(*note) for note in await self._notes.take()]
+            for error in await self._state.ask_all(operations):
                 if isinstance(error, StateStoreError):
                     log.warning("a task's event log could not be written: %s", error)
 
     def note(self, attempt: Attempt, kind: str, message: Any) -> None:
         """Append an entry to a task's event log soon."""
-        entry = attempt.entry(kind, message)
-        self._notes.put(
-            AppendEvents(task_id=attempt.task_id, fence=attempt.fence, entries=(entry,))
-        )
+        self._notes.put((attempt, kind, message))
 
     def abandon(self, culprit: Attempt | None, failure: Failure) -> None:
         """Settle the culprit as failed, give all others back, take no more, and leave.
@@ -66,3 +63,8 @@ class Records:
             is_culprit = culprit is not None and running.fence == culprit.fence
             running.report(Failed(failure) if is_culprit else GivenBack())
         self._stop(0)
+
+
+def _append(attempt: Attempt, kind: str, message: Any) -> AppendEvents:
+    entry = attempt.entry(kind, message)
+    return AppendEvents(task_id=attempt.task_id, fence=attempt.fence, entries=(entry,))

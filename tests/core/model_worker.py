@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from amqp_tasks.core.message import Message
 from amqp_tasks.core.operations import (
     STALE,
+    WRITTEN,
     Change,
     Claim,
     Create,
@@ -50,8 +51,8 @@ __all__ = [
     "FAULTS",
     "MAX_CRASHES",
     "MAX_RETRIES",
-    "RULES",
     "TOPOLOGY",
+    "KeepsStatesShortly",
     "Run",
     "Script",
     "Step",
@@ -85,6 +86,7 @@ Clock: TypeAlias = Callable[[], float]
 class Worker:
     """How a worker reacts to a delivery, as it should."""
 
+    rules = RULES
     heeds_fences = True
 
     def __init__(self, name: str, clock: Clock) -> None:
@@ -118,7 +120,7 @@ class Worker:
                 attempt=message.attempt,
                 lease=lease,
                 now=self.clock(),
-                ttl=RULES.state_ttl,
+                ttl=self.rules.state_ttl,
                 presumed_dead=presumed_dead,
             )
             if not isinstance(answer, Held) or (yield from self.is_alive(answer.owner)):
@@ -136,11 +138,13 @@ class Worker:
     def owing(self, message: Message, answer: Owing) -> Script:
         if answer.owed is Owed.RETRY:
             due, now = answer.due, self.clock()
-            yield from self.carry_out(publish_retry(message, answer.attempt, due, RULES, now=now))
+            yield from self.carry_out(
+                publish_retry(message, answer.attempt, due, self.rules, now=now)
+            )
         else:
             known = json.loads(answer.error or "{}")
             failure = Failure(type=known["type"], message=known["message"])
-            effects = dead_letter(message, failure, self.name, RULES, now=self.clock())
+            effects = dead_letter(message, failure, self.name, self.rules, now=self.clock())
             yield from self.carry_out(effects)
 
     def attempt(self, message: Message, lease: Lease, crashes: int) -> Script:
@@ -156,14 +160,18 @@ class Worker:
         return crashes >= MAX_CRASHES
 
     def settlement(self, outcome: Outcome, message: Message, lease: Lease) -> Iterable[Effect]:
-        return settle(outcome, message, lease, RULES, now=self.clock(), spread=0.0)
+        return settle(outcome, message, lease, self.rules, now=self.clock(), spread=0.0)
 
     def carry_out(self, effects: Iterable[Effect]) -> Script:
         for effect in effects:
             match effect:
                 case WriteState(operation):
-                    if (yield operation) == STALE:
+                    answer = yield operation
+                    if answer == STALE:
                         yield from self.taken_over()
+                        return
+                    if answer != WRITTEN:
+                        yield Verdict.ACK
                         return
                 case Publish(publication):
                     yield publication
@@ -176,7 +184,7 @@ class Worker:
         """Somebody else holds the task now: the same as when that was seen earlier."""
         message = Message(task_id="", func="")
         lease = Lease(id="", fence=0, worker=self.name)
-        (verdict,) = settle(LeaseLost(), message, lease, RULES, now=self.clock(), spread=0.0)
+        (verdict,) = settle(LeaseLost(), message, lease, self.rules, now=self.clock(), spread=0.0)
         assert isinstance(verdict, Verdict)
         yield verdict
 
@@ -200,6 +208,16 @@ def produce(message: Message, nonce: str, clock: Clock) -> Script:
         yield Discharge(
             task_id=message.task_id, owed=Owed.PUBLISH, attempt=1, ttl=None, now=clock()
         )
+
+
+class KeepsStatesShortly(Worker):
+    """A worker of an app whose retries wait for longer than states are kept."""
+
+    rules = Rules(
+        topology=TOPOLOGY,
+        retry=RetryPolicy(max_retries=MAX_RETRIES, delay=60.0),
+        state_ttl=20.0,
+    )
 
 
 # ------------------------------------------------------------------------ faults

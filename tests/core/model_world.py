@@ -37,7 +37,6 @@ from amqp_tasks.core.settlement import Publication, Verdict
 from .model_worker import (
     MAX_CRASHES,
     MAX_RETRIES,
-    RULES,
     TOPOLOGY,
     Run,
     Script,

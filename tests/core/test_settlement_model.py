@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from amqp_tasks.core.outcome import Failed, Failure, Outcome, Succeeded
 
-from .model_worker import FAULTS, Worker
+from .model_worker import FAULTS, KeepsStatesShortly, Worker
 from .model_world import Job, World
 
 T = TypeVar("T")
@@ -105,7 +105,9 @@ class Machine(RuleBasedStateMachine):
             self.carry_on(job, effects, then)
         elif self.world.main or waiting:
             if not self.world.main:
-                self.world.expire(one_of(waiting, pick // 2))
+                self.let_return(pick // 2)
+            if not self.world.main:
+                return
             while len(self.workers) < MAX_WORKERS:
                 self.world.hire()
             worker = self.world.workers[one_of(self.workers, pick // 2)]
@@ -114,7 +116,7 @@ class Machine(RuleBasedStateMachine):
             self.carry_on(self.world.submit(0.0), effects, then)
 
     @precondition(lambda self: len(self.world.under_way()) < MAX_TASKS)
-    @rule(wait=st.sampled_from([0.0, 3.0]), effects=EFFECTS, then=THEN, move=MOVE)
+    @rule(wait=st.sampled_from([0.0, 60.0]), effects=EFFECTS, then=THEN, move=MOVE)
     def submit(self, wait: float, effects: int, then: str, move: Move) -> None:
         """Somebody enqueues a task that is due in `wait` seconds."""
         self.carry_on(self.world.submit(wait), effects, then)
@@ -124,7 +126,7 @@ class Machine(RuleBasedStateMachine):
     @rule(pick=PICK, move=MOVE)
     def expire(self, pick: int, move: Move) -> None:
         """A waiting message returns, whatever else there is to do."""
-        self.world.expire(one_of(self.world.waiting, pick))
+        self.let_return(pick)
         self.go_on(move)
 
     @precondition(lambda self: self.running)
@@ -140,6 +142,9 @@ class Machine(RuleBasedStateMachine):
         """Somebody wants a task to stop."""
         self.world.request_cancel(one_of(self.world.under_way(), pick))
         self.go_on(move)
+
+    def let_return(self, pick: int) -> None:
+        self.world.expire(one_of(self.world.waiting, pick))
 
     def carry_on(self, job: Job, effects: int, then: str) -> None:
         for _ in range(effects):
@@ -195,8 +200,22 @@ class StoreIsEmptied(Machine):
         self.go_on(move)
 
 
+class StatesExpire(Machine):
+    """Time that is long against the life of a state passes only while nothing else does:
+    no worker is away, and no effect under way, for as long as that."""
+
+    worker_class = KeepsStatesShortly
+
+    def let_return(self, pick: int) -> None:
+        world = self.world
+        for job in self.running:
+            world.poll(job)
+        if not world.main and len(self.running) == len(world.jobs):
+            world.expire(min(world.waiting, key=lambda copy: copy.returns_at))
+
+
 SETTINGS = settings(
-    max_examples=200,
+    max_examples=150,
     stateful_step_count=20,
     deadline=None,
     # Shrinking a run takes minutes; whoever has a failing one adds `Phase.shrink`.
@@ -220,6 +239,10 @@ def test_no_task_is_lost_and_none_ends_twice() -> None:
 
 def test_no_task_is_lost_with_the_store() -> None:
     run_state_machine_as_test(StoreIsEmptied, settings=SETTINGS)
+
+
+def test_what_has_ended_does_not_start_again_when_its_state_has_expired() -> None:
+    run_state_machine_as_test(StatesExpire, settings=SETTINGS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -51,6 +51,7 @@ async def test_a_whole_life_in_one_batch(asker: Asker, server: RedisServer) -> N
             asker.claim(now=now),
             asker.settle(int(now * 1000), Event.RELEASE),
             asker.request_cancel(),
+            asker.claim(),
             asker.create("gone"),
             asker.revoke("gone"),
         ]

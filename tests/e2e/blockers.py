@@ -146,6 +146,12 @@ async def sleep_for(oracle: str, seconds: float) -> str:
     return "slept well"
 
 
+def _compute(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
 class _Lingering:
     """Garbage that takes a while to collect: it is in a cycle, and has a finalizer."""
 
@@ -157,16 +163,17 @@ class _Lingering:
         if self._keeps_gil:
             ctypes.PyDLL(None).usleep(100_000)
             return
-        end = time.monotonic() + 0.1
-        while time.monotonic() < end:
-            pass
+        _compute(0.1)
 
 
 @once
 async def collect_garbage(oracle: str, keeps_gil: bool) -> float:
-    """Have a garbage collection take long; return the seconds."""
+    """Compute, have a garbage collection take long, compute; return its seconds."""
     for _ in range(25):
         _Lingering(keeps_gil)
+    _compute(0.4)
     began = time.monotonic()
     gc.collect()
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    _compute(0.4)
+    return took

@@ -33,6 +33,9 @@ FLAGS = (
 SLACK = 4.0
 """Seconds that a busy machine, settling, and the end of a process may take in addition."""
 
+STARVED = 12.0
+"""So many more where the GIL is kept: that is timed by computing time, for which others vie."""
+
 Blocker = Callable[[str], Any]
 
 
@@ -127,7 +130,7 @@ async def test_whoever_captures_the_loop_is_interrupted_and_the_others_go_on(
     worker = start_worker(*FLAGS)
     await scene.begin()
     for task, place in INTERRUPTIBLE.items():
-        async with within(TIMEOUT + SLACK):
+        async with within(TIMEOUT + SLACK + (STARVED if task is blockers.match else 0)):
             handle = await task(str(scene.oracle))
             assert await handle.join() is TaskStatus.ERRORED
         state = await handle.state()
@@ -152,13 +155,13 @@ HOPELESS: list[tuple[Blocker, str, float, tuple[str, ...]]] = [
     (
         blockers.swallow_everything_and_match,
         "swallow_everything_and_match",
-        TIMEOUT + GRACE,
+        TIMEOUT + GRACE + STARVED,
         (),
     ),
     (blockers.swallow_and_let_go, "swallow_and_let_go", 4 * (TIMEOUT + 0.3) + GRACE, ()),
     (blockers.deadlock_in_c, "_lock_twice", TIMEOUT + GRACE, ()),
     (blockers.sleep_at_first, "sleep_at_first", TIMEOUT, KILL),
-    (blockers.match, "match", TIMEOUT, KILL),
+    (blockers.match, "match", TIMEOUT + STARVED, KILL),
 ]
 
 

@@ -31,12 +31,14 @@ __all__ = [
     "error_messages",
     "forbid_hanging",
     "journal",
+    "left_in_queues",
     "make_app",
     "memory",
     "no_task_is_left_over",
     "now",
     "publish",
     "record_of",
+    "rewire",
     "ticks",
     "until",
     "until_status",
@@ -93,12 +95,13 @@ def journal() -> shop.Journal:
 
 
 @pytest.fixture
-def make_app() -> MakeApp:
-    """Make an app in memory; takes settings."""
+def make_app(journal: shop.Journal) -> MakeApp:
+    """Make an app in memory; takes settings. The tasks find the one that was made last."""
 
     def make(**settings: Any) -> TaskApp:
         usual = {"broker_url": "memory://", "state_url": "memory://", "queue": "shop"}
-        return TaskApp(clock=now, **{**usual, **settings})
+        journal.app = TaskApp(clock=now, **{**usual, **settings})
+        return journal.app
 
     return make
 
@@ -126,6 +129,20 @@ def memory(app: TaskApp) -> tuple[MemoryBroker, MemoryStore]:
     return app._memory
 
 
+def rewire(
+    app: TaskApp, *, broker: MemoryBroker | None = None, store: MemoryStore | None = None
+) -> None:
+    """Give an app another broker or store, before it is used."""
+    usual_broker, usual_store = app._memory
+    app.__dict__["_memory"] = (broker or usual_broker, store or usual_store)
+
+
+def left_in_queues(app: TaskApp) -> int:
+    """How many messages are ready in any queue, those that wait included."""
+    broker = memory(app)[0]
+    return sum(broker.depth(name) for name in list(broker._queues))
+
+
 def depth(app: TaskApp, suffix: str = "") -> int:
     """How many messages are ready in the app's queue, or one named after it."""
     return memory(app)[0].depth(app.settings.queue + suffix)
@@ -150,18 +167,21 @@ def record_of(app: TaskApp, handle: TaskHandle[Any] | str) -> TaskRecord:
     return memory(app)[1]._records[task_id]
 
 
-async def publish(app: TaskApp, message: Message) -> None:
-    """Put a message into the app's queue that no producer of ours has written a state for."""
+async def publish(app: TaskApp, *messages: Message) -> None:
+    """Put messages into the app's queue that no producer of ours has written a state for."""
     topology = app._servers("test").topology
-    publication = Publication(queue=topology.main, body=message.body, headers=message.headers())
     async with memory(app)[0].session() as session:
-        await session.publish(topology.exchange, publication, 1.0)
+        for message in messages:
+            publication = Publication(
+                queue=topology.main, body=message.body, headers=message.headers()
+            )
+            await session.publish(topology.exchange, publication, 1.0)
 
 
 async def until(condition: Callable[[], object], within: float = 60.0) -> None:
     """Return when `condition` is true; looked at in every moment of virtual time."""
     with anyio.fail_after(within):
-        while not condition():  # noqa: ASYNC110  nobody tells
+        while not condition():
             await anyio.sleep(0.01)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import enum
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -19,7 +21,7 @@ import anyio
 import anyio.from_thread
 from pydantic import AfterValidator, BaseModel
 
-from amqp_tasks import MessageType, current_attempt
+from amqp_tasks import MessageType, Task, TaskApp, current_attempt
 
 
 class Journal:
@@ -30,6 +32,14 @@ class Journal:
         self._events: dict[str, anyio.Event] = {}
         self.running = 0
         self.most_running = 0
+        self.app: TaskApp
+        """For tasks that queue tasks."""
+
+    def task(self, func: Callable[..., Any]) -> Task[..., Any]:
+        """The task that the test has made of a function of this module."""
+        found = self.app.tasks.find(f"{__name__}.{func.__name__}")
+        assert isinstance(found, Task)
+        return found
 
     def note(self, what: str) -> None:
         self.entries.append((what, anyio.current_time()))
@@ -77,6 +87,10 @@ async def add(a: int, b: int = 1) -> int:
 async def echo(value: Any) -> Any:
     journal.note("echo")
     return value
+
+
+async def take_timeout(timeout: float) -> None:
+    """Has a parameter that is called as an option is."""
 
 
 async def nap(seconds: float, name: str = "nap") -> str:
@@ -149,6 +163,10 @@ async def decimal_back(value: Decimal) -> Decimal:
 async def colour_back(colour: Colour) -> Colour:
     assert type(colour) is Colour
     return colour
+
+
+async def annotated_with_nothing(value: NowhereDefined) -> None:  # type: ignore[name-defined]  # noqa: F821
+    """Annotated with what is defined nowhere."""
 
 
 async def maybe_back(value: Point | None = None) -> Point | None:
@@ -311,6 +329,26 @@ async def tell_reason() -> None:
         journal.note(f"reason {current_attempt().cancel_reason}")
 
 
+# ----------------------------------------------------------------------- families
+
+
+async def lead_naps(count: int, seconds: float) -> list[str]:
+    """Have `count` children nap at the same time."""
+    async with journal.app.remote_task_group() as group:
+        naps = [await group.start(journal.task(nap), seconds, f"nap {i}") for i in range(count)]
+    return [await nap.result(timeout=0) for nap in naps]
+
+
+async def add_elsewhere(a: int, b: int) -> int:
+    """Have another task add, and wait for it."""
+    return int(await (await journal.task(add)(a, b)).result())
+
+
+async def nap_elsewhere(seconds: float) -> str:
+    """Have another task nap, and wait for it."""
+    return str(await (await journal.task(nap)(seconds)).result())
+
+
 # -------------------------------------------------------------------- generators
 
 
@@ -335,3 +373,22 @@ async def narrate_for_ever() -> AsyncIterator[Any]:
         await anyio.sleep_forever()
     finally:
         journal.note("generator closed")
+
+
+# --------------------------------------------------------------------- processes
+
+
+def square(number: int) -> int:
+    assert current_attempt().number == 1
+    return number * number
+
+
+def fail_in_process() -> None:
+    raise OutOfStock("in a process")
+
+
+def burn(file: str) -> None:
+    """Burn a core for ever; leave the id of the process in a file."""
+    Path(file).write_text(f"{os.getpid()}\n", encoding="ascii")
+    while True:
+        pass

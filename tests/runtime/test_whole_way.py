@@ -6,17 +6,18 @@ import datetime as dt
 import logging
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import anyio
 import pytest
 
-from amqp_tasks import ArgumentsError, RemoteTaskError, TaskApp, TaskStatus
+from amqp_tasks import ArgumentsError, DefinitionError, RemoteTaskError, TaskApp, TaskStatus
 from amqp_tasks.core.message import Message
 
 from . import shop
-from .harness import depth, error_messages, memory, publish
+from .harness import MakeApp, depth, error_messages, memory, publish
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_is_left_over")]
 
@@ -102,7 +103,7 @@ async def test_a_falsy_result_comes_back_as_it_is(app: TaskApp, value: object) -
     result = await outcome(app, shop.echo, value)
     assert result == value
     assert type(result) is type(value)
-    (state,) = [record for record in memory(app)[1]._records.values()]
+    (state,) = memory(app)[1]._records.values()
     assert state.result is not None
 
 
@@ -122,7 +123,7 @@ async def test_the_state_tells_what_happened(app: TaskApp) -> None:
     assert state.name == "tests.runtime.shop.nap"
     assert (state.status, state.attempt, state.result) == (TaskStatus.FINISHED, 1, "nap")
     assert state.worker == worker.id
-    assert state.error is state.reason is state.due is None
+    assert (state.error, state.reason, state.due) == (None, None, None)
     assert state.started_at is not None
     assert state.ended_at is not None
     assert state.ended_at - state.started_at == pytest.approx(5, abs=0.01)
@@ -148,7 +149,7 @@ async def test_wrong_arguments_are_refused_at_the_call_and_nothing_is_queued(
 ) -> None:
     add = app.task(shop.add)
     async with app.connect():
-        with pytest.raises(ArgumentsError, match="tests.runtime.shop.add") as caught:
+        with pytest.raises(ArgumentsError, match=r"tests\.runtime\.shop\.add") as caught:
             await add(*args, **kwargs)
         assert names in str(caught.value)
         assert depth(app) == 0
@@ -191,7 +192,7 @@ async def test_arguments_that_their_type_chokes_on_are_errored_and_the_worker_go
         await publish(app, Message.compose(task_id="bad", func=taking.name, args=[{"x": -1}]))
         assert await _ended(app, "bad") is TaskStatus.ERRORED
         assert (await app.handle("bad").state()).reason == "bad_arguments"
-        assert await (await taking({"x": 1})).result(timeout=10) == 1
+        assert await (await taking(shop.Choking(1))).result(timeout=10) == 1
 
 
 async def _ended(app: TaskApp, task_id: str) -> TaskStatus:
@@ -224,6 +225,38 @@ async def test_a_result_that_cannot_be_written_is_an_error_and_not_tried_again(
 
 
 # ----------------------------------------------------- annotations that cannot do
+
+
+async def test_an_annotation_that_nothing_is_known_of_is_refused_at_the_call(app: TaskApp) -> None:
+    task = app.task(shop.annotated_with_nothing)
+    async with app.connect():
+        with pytest.raises(DefinitionError, match=r"annotated_with_nothing.*NowhereDefined"):
+            await task(1)
+        assert depth(app) == 0
+
+
+async def test_a_message_for_it_is_errored_and_the_worker_goes_on(app: TaskApp) -> None:
+    add, task = app.task(shop.add), app.task(shop.annotated_with_nothing)
+    async with app.worker():
+        await publish(app, Message.compose(task_id="bad", func=task.name, args=[1]))
+        assert await _ended(app, "bad") is TaskStatus.ERRORED
+        assert await (await add(1)).result(timeout=10) == 2
+    ((_, headers),) = error_messages(app)
+    assert "NowhereDefined" in headers["error-message"]
+
+
+async def test_a_served_module_that_raises_when_it_is_imported_does_not_end_the_worker(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runtime_raising_goods.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    app = make_app(serve="runtime_raising_goods")
+    add = app.task(shop.add)
+    async with app.worker():
+        await publish(app, Message.compose(task_id="bad", func="runtime_raising_goods.sell"))
+        assert await _ended(app, "bad") is TaskStatus.ERRORED
+        assert (await app.handle("bad").state()).reason == "unknown_task"
+        assert await (await add(1)).result(timeout=10) == 2
 
 
 @pytest.mark.parametrize("name", ["none.such", "undecorated"])

@@ -148,7 +148,7 @@ class Commands:
             *(_RUNNING, _CANCELED, _ENDED),
             *(b"%d" % op.attempt, to_bytes(op.lease), now, b"%d" % int(op.now * 1000), dead),
             *(_number(op.now + op.ttl), self._keys.ended(op.task_id)),
-            *(job := to_bytes(op.job), to_bytes(op.parent or "")),
+            *(job := to_bytes(op.job), to_bytes(op.parent or ""), _number(op.ttl)),
             *(b"name", to_bytes(op.name), b"job", job, b"created_at", now),
             *_fields(deadline=op.deadline, parent=op.parent),
         )

@@ -90,7 +90,8 @@ class RedisListener:
                 await self._read(connection)
             except CONNECTION_LOST as error:
                 if not failures:
-                    _log.warning("no announcements: %s", self._link.explain(error))
+                    reason = self._link.explain(error, self._link.connect_timeout)
+                    _log.warning("no announcements: %s", reason)
             finally:
                 self._connection = None
                 for confirmed in self._topics.values():

@@ -1,7 +1,7 @@
 -- ARGV: the status of a task that runs, that of a canceled one, the ended statuses, attempt,
 --       lease, now, the least fence, the owner that is presumed dead with a slash after it
 --       ('' for none), expires_at if it has ended, the channel for its end, job, parent (''
---       for none), then fields and values of a task that nobody knows.
+--       for none), ttl of an ended task, then fields and values of a task that nobody knows.
 
 local RUNNING, CANCELED, ENDED = ARGV[1], ARGV[2], ARGV[3]
 local found = redis.call('HMGET', STATE, 'status', 'expires_at', 'attempt', 'fence', 'lease',
@@ -26,6 +26,10 @@ if status then
     end
     if not expires_at then
       expires_at = ARGV[9]
+      local due = tonumber(redis.call('HGET', STATE, 'due') or 0)
+      if due > tonumber(ARGV[6]) then
+        expires_at = string.format('%.17g', due + tonumber(ARGV[13]))
+      end
       expire(expires_at)
     end
     return refuse('ended', status)
@@ -51,7 +55,7 @@ if status then
     crashes = string.format('%.0f', tonumber(crashes) + 1)
   end
 else
-  redis.call('HSET', STATE, unpack(ARGV, 13))
+  redis.call('HSET', STATE, unpack(ARGV, 14))
 end
 
 fence = string.format('%.0f', math.max(fence + 1, tonumber(ARGV[7])))

@@ -41,7 +41,7 @@ end
 
 -- `expires_at` is false for a task that waited: its state is kept until its message comes.
 local function cancel(status, reason, now, expires_at, channel)
-  redis.call('HDEL', STATE, 'cancel', 'owed', 'due')
+  redis.call('HDEL', STATE, 'cancel', 'owed')
   redis.call('HSET', STATE, 'status', status, 'reason', reason, 'updated_at', now, 'ended_at', now)
   expire(expires_at)
   announce(channel, status)

@@ -14,11 +14,11 @@ if not status then
 elseif (lease or '') ~= ARGV[1] or fence ~= ARGV[2] then
   return {status, status, expires_at, 'stale'}
 elseif not among(ARGV[3], status) then
-  local repeated = status == ARGV[4] and attempt == ARGV[5] or status == ARGV[10]
+  local repeated = status == ARGV[4] and attempt == ARGV[5]
   return {status, status, expires_at, repeated and 'written' or 'stale'}
 elseif requested and ARGV[10] ~= '' then
   cancel(ARGV[10], requested, ARGV[6], ARGV[11], ARGV[12])
-  return {status, ARGV[10], ARGV[11], 'written'}
+  return {status, ARGV[10], ARGV[11], 'stale'}
 else
   redis.call('HDEL', STATE, 'due', 'result', 'reason', 'cancel', 'owed', 'ended_at')
 end
