@@ -6,6 +6,9 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Most of the time of the tests with servers is waiting. Each process has servers of its own.
+AT_ONCE ?= -n 3 --dist loadfile
+
 VENV := .venv
 IN_VENV := $(VENV)/bin/python -m
 PIP_INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check
@@ -27,7 +30,7 @@ demo: $(VENV)/package-stamp ## run some dozens of tasks in memory; ARGS='--backe
 # types first, because the last line is to be the tests' summary.
 test: $(VENV)/tools-stamp servers ## lint, types and all tests; ARGS='-x -k retry' for pytest
 	@$(MAKE) --no-print-directory --keep-going lint types || checks=failed; \
-	$(IN_VENV) pytest $(ARGS) || tests=failed; \
+	$(IN_VENV) pytest $(AT_ONCE) $(ARGS) || tests=failed; \
 	if [ -n "$$checks" ]; then echo 'lint or types have failed: see above the tests' >&2; fi; \
 	[ -z "$$checks$$tests" ]
 

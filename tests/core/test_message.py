@@ -433,7 +433,9 @@ def test_what_is_no_task_id_is_refused_in_few_words(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [object(), {1: object()}, "\udc80", {("a", "b"): object()}, [b"\xff"]], ids=repr
+    "value",
+    [object(), {1: object()}, "\udc80", {("a", "b"): object()}, [b"\xff"]],
+    ids=["object", "object in a dict", "surrogate", "key that is a tuple", "bytes"],
 )
 def test_arguments_that_json_does_not_have_are_refused_with_the_tasks_name(value: object) -> None:
     with pytest.raises(ArgumentsError, match="task 'add': cannot be written as JSON"):

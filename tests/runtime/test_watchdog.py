@@ -22,9 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import AfterValidator
 
-from amqp_tasks import LoopBlocked, RemoteTaskError, TaskApp, current_attempt
-from amqp_tasks.runtime.capture import Limits, Sight, Verdict, judge, look
-from amqp_tasks.runtime.loop_view import format_stack, may_interrupt, view_of_this_loop
+from amqp_tasks import Attempt, LoopBlocked, RemoteTaskError, TaskApp, current_attempt
+from amqp_tasks.runtime.capture import Capture, Limits, Sight, Verdict, judge, look
+from amqp_tasks.runtime.interrupt import MOST_INTERRUPTS, open_interrupter
+from amqp_tasks.runtime.io_loop import postbox_of_this_loop
+from amqp_tasks.runtime.loop_view import COLLECTION, format_stack, may_interrupt, view_of_this_loop
 
 from ..conftest import REAL_CLOCKS
 from . import shop
@@ -249,6 +251,73 @@ async def test_a_thread_sees_nothing_in_a_loop_that_waits() -> None:
     assert found == [None]
 
 
+class Garbage:
+    """Can be collected by the garbage collector only, and says what it is like."""
+
+    def __init__(self, say: Callable[[], None]) -> None:
+        self._itself = self
+        self._say = say
+
+    def __del__(self) -> None:
+        end = time.thread_time() + 0.3
+        while time.thread_time() < end:
+            pass
+        self._say()
+
+
+@pytest.mark.anyio
+async def test_a_garbage_collection_is_seen_and_its_time_does_not_count() -> None:
+    view, found = view_of_this_loop(), []
+    gc.collect()  # of what others have left
+    with view.open():
+        before = view.cpu_time()
+        assert not view.is_collecting
+        Garbage(lambda: found.append((view.is_collecting, view.running())))
+        gc.collect()
+        assert found == [(True, COLLECTION)]
+        assert not view.is_collecting
+        assert view.cpu_time() - before < 0.1
+
+
+@pytest.mark.anyio
+async def test_the_laws_of_the_handler(app: TaskApp) -> None:
+    async def be_interrupted() -> None:
+        view, attempt = view_of_this_loop(), current_attempt()
+
+        def capture(task: object | None = None, attempt: Attempt | None = attempt) -> Capture:
+            return Capture(view.beats, task or view.running(), attempt, 1.0, "stack")
+
+        def hits(capture: Capture) -> bool:
+            thread = threading.Thread(target=interrupter.interrupt, args=[capture])
+            try:
+                thread.start()
+                thread.join()
+            except LoopBlocked:
+                return True
+            return False
+
+        with open_interrupter(view, postbox_of_this_loop().post, LIMITS) as found:
+            assert found is not None
+            interrupter = found
+            past = capture()
+            view.beat()
+            assert not hits(past), "the loop is free again"
+            assert not hits(capture(task=A)), "it was another task"
+            assert not hits(capture(attempt=None)), "it was another attempt"
+            for number in range(MOST_INTERRUPTS):
+                assert hits(capture())
+                assert attempt.interrupts == number + 1
+                assert not hits(capture()), "the loop has not beaten since"
+                view.beat()
+            assert not hits(capture()), "it has swallowed enough"
+        shop.journal.note("all is well")
+
+    steps.hook = be_interrupted
+    async with app.worker():
+        await (await app.task(run_hook)()).join(timeout=10)
+    assert shop.journal.count("all is well") == 1
+
+
 @pytest.mark.anyio
 async def test_what_captures_the_loop_is_interrupted_and_the_rest_goes_on(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
@@ -279,11 +348,10 @@ async def test_what_captures_the_loop_is_interrupted_and_the_rest_goes_on(
 
 
 @pytest.mark.anyio
-async def test_a_child_of_another_library_is_the_attempt_s_too(
-    make_app: MakeApp, anyio_backend_name: str
-) -> None:
-    if anyio_backend_name != "asyncio":
-        pytest.skip("trio has no tasks without a nursery")
+@pytest.mark.parametrize(
+    "anyio_backend", [REAL_CLOCKS["asyncio"](), REAL_CLOCKS["uvloop"]()], ids=["asyncio", "uvloop"]
+)
+async def test_a_child_that_nobody_waits_for_is_the_attempt_s_too(make_app: MakeApp) -> None:
     app, children = watched(make_app), []
 
     async def sleep() -> None:
