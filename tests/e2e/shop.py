@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.from_thread
 
 from amqp_tasks import MessageType, RetryPolicy, TaskApp, current_attempt
 
@@ -117,3 +118,15 @@ def burns_a_core(path: str) -> None:
     record(path, "start", os.getpid())
     while True:
         pass
+
+
+@app.task(retry=RetryPolicy(max_retries=0))
+def in_thread_until_cancelled(path: str) -> None:
+    record(path, "start")
+    try:
+        while True:
+            anyio.from_thread.check_cancelled()
+            time.sleep(0.01)
+    except BaseException:
+        record(path, "cancelled", current_attempt().cancel_reason)
+        raise

@@ -192,6 +192,19 @@ async def test_events_are_followed_while_the_task_runs(
         assert rest == ["at 2", 2]
 
 
+async def test_a_thread_stops_where_it_looks(
+    app: TaskApp, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    start_worker()
+    oracle = tmp_path / "oracle"
+    async with app.connect():
+        handle = await shop.in_thread_until_cancelled(str(oracle))
+        await lines(oracle, 1, "start")
+        assert await handle.cancel()
+        assert await handle.join(timeout=30) is TaskStatus.CANCELED
+    assert [line[1] for line in await lines(oracle, 1, "cancelled")] == ["user"]
+
+
 async def test_a_process_is_killed_while_it_burns_a_core(
     app: TaskApp, start_worker: StartWorker, tmp_path: Path
 ) -> None:
