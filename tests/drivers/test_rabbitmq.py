@@ -535,6 +535,17 @@ async def test_killed_while_closing(rabbit: RabbitRig) -> None:
     await anyio.to_thread.run_sync(rabbit.server.restart)
 
 
+async def test_reason_when_nobody_but_us_closed_it(rabbit: RabbitRig) -> None:
+    async def wait(session: BrokerSession) -> None:
+        reasons.append(await session.wait_closed())
+
+    reasons: list[str] = []
+    async with anyio.create_task_group() as tg, rabbit.broker.session() as session:
+        tg.start_soon(wait, session)
+        await rabbit.declare(session)
+    assert reasons == ["closed by this side"]
+
+
 async def test_channel_closed_by_the_server(rabbit: RabbitRig) -> None:
     """A delivery that is held too long costs its channel, not the session."""
     server = rabbit.server

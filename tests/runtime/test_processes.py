@@ -68,7 +68,10 @@ async def test_it_is_killed_at_its_timeout_while_it_burns_a_core(
 ) -> None:
     policy = RetryPolicy(max_retries=0)
     burn = app.task(process=True, timeout=3.0, retry=policy)(shop.burn)
+    square = app.task(process=True)(shop.square)
     async with app.worker():
+        # The process is up then, and used again: starting one is not what is timed here.
+        assert await (await square(2)).result(timeout=60) == 4
         handle = await burn(str(tmp_path / "pid"))
         with pytest.raises(RemoteTaskError) as caught:
             await handle.result(timeout=20)

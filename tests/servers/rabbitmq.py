@@ -59,6 +59,7 @@ class RabbitServer:
     def __init__(self, folder: Path, config: Sequence[str] = ()) -> None:
         self.port = free_port()
         self._folder = folder
+        self._started = False
         self._node = f"rabbit-{secrets.token_hex(4)}@localhost"
         self._epmd_port = free_port()
         self._prepare(config)
@@ -96,10 +97,12 @@ class RabbitServer:
         """Start, and return when it takes connections."""
         self._epmd.start()
         self._process.start()
+        self._started = True
 
     def stop(self) -> None:
         """Stop it in good order, and everything that was started with it."""
-        self._process.signal(signal.SIGCONT)
+        if self._started:
+            self._process.signal(signal.SIGCONT)
         self._process.stop()
         self._epmd.stop()
 

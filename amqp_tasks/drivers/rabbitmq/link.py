@@ -24,7 +24,7 @@ does not answer is left without a goodbye."""
 
 _PASSES: Final = 50
 """How often the event loop goes round before a connection counts as closed. aiormq ends its
-last tasks by itself, within ten passes, and has nothing to wait for."""
+last tasks by itself, two or three passes later as seen, and has nothing to wait for."""
 
 
 class Link:
@@ -71,7 +71,7 @@ class Link:
             try:
                 await asyncio.wait([self.spawn(self._say_goodbye(flush))], timeout=GOODBYE)
             finally:
-                self._end("closed by this side")
+                self._end("closed by this side, and the broker did not answer")
                 self._streams.abort()
                 for task in self._tasks:
                     task.cancel()
@@ -140,6 +140,7 @@ class Link:
 
     async def _say_goodbye(self, flush: Callable[[], Awaitable[None]]) -> None:
         await flush()
+        self._end("closed by this side")
         if self.connection.is_opened:
             # Always with a reason: by default aiormq raises a bare CancelledError in
             # whatever waits for something.
