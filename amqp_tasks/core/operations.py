@@ -229,6 +229,10 @@ YIELDING: Final = frozenset({Event.RETRY, Event.RELEASE})
 nobody would look for it any more, and a task that shall be cancelled does not go on."""
 
 
+FAR: Final = 1e9
+"""Seconds, thirty years: a message that is due later than that is not waited for."""
+
+
 class Settled(str):
     """``written``; or ``stale``: somebody else holds the task, or it was canceled instead."""
 
@@ -473,7 +477,9 @@ def _claim_of_ended(record: TaskRecord, op: Claim) -> tuple[TaskRecord, ClaimAns
         return record, Owing(Owed.ERROR, record.attempt, None, record.error)
     if record.expires_at is None:
         # This may be the copy of an earlier attempt, while the one that is due still waits.
-        record = replace(record, expires_at=max(op.now, record.due or 0.0) + op.ttl)
+        due = record.due or 0.0
+        start = due if op.now < due < op.now + FAR else op.now
+        record = replace(record, expires_at=start + op.ttl)
     return record, Ended(record.status)
 
 

@@ -27,7 +27,8 @@ if status then
     if not expires_at then
       expires_at = ARGV[9]
       local due = tonumber(redis.call('HGET', STATE, 'due') or 0)
-      if due > tonumber(ARGV[6]) then
+      local now = tonumber(ARGV[6])
+      if due > now and due < now + 1e9 then
         expires_at = string.format('%.17g', due + tonumber(ARGV[13]))
       end
       expire(expires_at)
