@@ -35,7 +35,7 @@ test: $(VENV)/tools-stamp servers ## lint, types and all tests; ARGS='-x -k retr
 	[ -z "$$checks$$tests" ]
 
 unit: $(VENV)/tools-stamp ## the tests that need no servers; ARGS as for test
-	@PYTHONPATH=scripts $(IN_VENV) pytest -p no_servers $(ARGS)
+	@PYTHONPATH=scripts $(IN_VENV) pytest -p no_servers -rfE $(AT_ONCE) $(ARGS)
 
 lint: lint-rules lint-format lint-cancellation ## ruff, and flake8-async for what ruff lacks
 

@@ -146,15 +146,16 @@ def result_or_error(state: TaskState) -> str:
 
 async def show_until_ended(console: Console) -> Sequence[TaskState]:
     """Show the states of all tasks, of all workers, until each has ended."""
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    # Without a terminal there is nothing to move about in: the table comes once, at the end.
+    with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
         while True:
             states = await app.list_tasks()
+            live.update(as_table(states), refresh=True)
             if all(state.status.ended for state in states):
                 break
-            if console.is_terminal:
-                live.update(as_table(states), refresh=True)
             await anyio.sleep(0.1)
-    console.print(as_table(states))
+    if not console.is_terminal:
+        console.print(as_table(states))
     return states
 
 

@@ -1,10 +1,8 @@
-"""What can be asked of a state store, and the rules by which it answers.
+"""What can be asked of a state store.
 
 An operation is a value; a store takes a batch of them (`abc.StateStore.apply`) and
 answers each with the type that its class names. Operations that change a task touch
-that task only and are atomic. `change` is their rule book: a pure function from the
-record before to the record after. The in-memory store calls it; the Redis scripts say
-the same in Lua, and the conformance suite holds the two against each other.
+that task only and are atomic; `rules` says what they change.
 
 Every operation may be sent twice: a client that lost the answer repeats the question.
 A repeated write by the same producer (nonce) or the same delivery (lease) gets the
@@ -14,11 +12,11 @@ answer that the first one got.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from .lifecycle import Event, TaskStatus, advance, sources, target
-from .record import Owed, TaskRecord
+from .lifecycle import Event, TaskStatus
+from .record import Owed, TaskRecord, owner_of
 
 __all__ = [
     "YIELDING",
@@ -49,7 +47,6 @@ __all__ = [
     "Revoke",
     "Settle",
     "Settled",
-    "change",
 ]
 
 R_co = TypeVar("R_co", covariant=True)
@@ -151,8 +148,8 @@ class Claim(Operation["ClaimAnswer"]):
     now: float
     ttl: float
     """Seconds that an ended state is kept."""
-    presumed_dead: str | None = None
-    """The owner that a claim before this one met, and whose presence is gone."""
+    lost_lease: str = ""
+    """The lease that a claim before this one met, and whose owner is gone; or none."""
     deadline: float | None = None
     parent: str | None = None
 
@@ -167,9 +164,13 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """`owner` runs it. If its presence is gone, claim again and say so."""
+    """Somebody runs it. If its owner's presence is gone, claim again and say so."""
 
-    owner: str
+    lease: str
+
+    @property
+    def owner(self) -> str:
+        return owner_of(self.lease)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +189,20 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Owing:
-    """The state is ahead of the queues: publish what it owes, then drop the message."""
+    """The state is ahead of the queues: publish what it owes, then drop the message.
+
+    Unless the owner of `lease`, who settled it, lives: it is about to publish itself.
+    """
 
     owed: Owed
     attempt: int
     due: float | None
     error: str | None
+    lease: str
+
+    @property
+    def owner(self) -> str:
+        return owner_of(self.lease)
 
 
 ClaimAnswer: TypeAlias = Granted | Held | Ended | Duplicate | Owing
@@ -215,8 +224,9 @@ class Settle(Operation["Settled"]):
     attempt: int
     """The attempt that the state speaks of from now on."""
     now: float
-    ttl: float
-    """Seconds that an ended state is kept."""
+    ttl: float | None
+    """Seconds that an ended state is kept; None keeps it until a copy of the message that
+    is on its way has come by."""
     result: str | None = None
     error: str | None = None
     reason: str | None = None
@@ -227,10 +237,6 @@ class Settle(Operation["Settled"]):
 YIELDING: Final = frozenset({Event.RETRY, Event.RELEASE})
 """Events to which a cancel request is preferred that came while the attempt was ending:
 nobody would look for it any more, and a task that shall be cancelled does not go on."""
-
-
-FAR: Final = 1e9
-"""Seconds, thirty years: a message that is due later than that is not waited for."""
 
 
 class Settled(str):
@@ -328,194 +334,5 @@ class ListTasks(Operation[Sequence[str]]):
     limit: int = 100
 
 
-# ------------------------------------------------------------------------- rules
-
 Change: TypeAlias = Create | Discharge | Revoke | RequestCancel | Claim | Settle
-"""The operations that change a task's record."""
-
-
-def change(record: TaskRecord | None, operation: Change) -> tuple[TaskRecord | None, object]:
-    """Return the record after `operation`, and the answer to it.
-
-    `record` is not modified. A record whose time is over counts as not there; whoever
-    calls sees to that.
-    """
-    match operation:
-        case Create():
-            return _create(record, operation)
-        case Discharge():
-            return _discharge(record, operation)
-        case Revoke():
-            return _revoke(record, operation)
-        case RequestCancel():
-            return _request_cancel(record, operation)
-        case Claim():
-            return _claim(record, operation)
-        case Settle():
-            return _settle(record, operation)
-
-
-def _create(record: TaskRecord | None, op: Create) -> tuple[TaskRecord, Created]:
-    if record is not None:
-        owed = record.owed is Owed.PUBLISH
-        return record, Created(new=record.nonce == op.nonce, owed=owed)
-    fresh = TaskRecord(
-        task_id=op.task_id,
-        name=op.name,
-        job=op.job,
-        created_at=op.now,
-        updated_at=op.now,
-        due=op.due,
-        deadline=op.deadline,
-        parent=op.parent,
-        owed=Owed.PUBLISH,
-        nonce=op.nonce,
-        expires_at=op.now + op.ttl,
-    )
-    return fresh, Created(new=True, owed=True)
-
-
-def _discharge(record: TaskRecord | None, op: Discharge) -> tuple[TaskRecord | None, None]:
-    if record is None or record.owed is not op.owed or record.attempt != op.attempt:
-        return record, None
-    expires_at = None if op.ttl is None else op.now + op.ttl
-    if record.status.ended:
-        expires_at = record.expires_at
-    return replace(record, owed=None, expires_at=expires_at), None
-
-
-def _revoke(record: TaskRecord | None, op: Revoke) -> tuple[TaskRecord | None, bool]:
-    if record is None:
-        return None, True
-    if (
-        record.status is TaskStatus.SCHEDULED
-        and record.owed is Owed.PUBLISH
-        and record.nonce == op.nonce
-    ):
-        return None, True
-    return record, False
-
-
-def _request_cancel(
-    record: TaskRecord | None, op: RequestCancel
-) -> tuple[TaskRecord | None, CancelAnswer]:
-    if record is None:
-        return None, UNKNOWN
-    if record.status.ended:
-        return record, ALREADY_ENDED
-    if record.status is TaskStatus.RUNNING:
-        return replace(record, cancel=record.cancel or op.reason), REQUESTED
-    # Its message comes by one day. Were the state forgotten before, it would be run: so it
-    # is kept until then, and the claim that finds it ended lets it expire.
-    return _canceled(record, op.reason, now=op.now, ttl=None), CANCELED_NOW
-
-
-def _canceled(record: TaskRecord, reason: str, *, now: float, ttl: float | None) -> TaskRecord:
-    return replace(
-        record,
-        status=advance(record.status, Event.CANCEL),
-        reason=reason,
-        cancel=None,
-        owed=None,
-        updated_at=now,
-        ended_at=now,
-        expires_at=None if ttl is None else now + ttl,
-    )
-
-
-def _claim(record: TaskRecord | None, op: Claim) -> tuple[TaskRecord, ClaimAnswer]:
-    if record is None:
-        # The store was emptied, or the message comes from guillotina_amqp: it carries
-        # all that is needed.
-        record = TaskRecord(
-            task_id=op.task_id,
-            name=op.name,
-            job=op.job,
-            attempt=op.attempt,
-            created_at=op.now,
-            deadline=op.deadline,
-            parent=op.parent,
-        )
-    if record.status.ended:
-        return _claim_of_ended(record, op)
-    if op.attempt < record.attempt:
-        if record.owed is Owed.RETRY and op.attempt == record.attempt - 1:
-            return record, Owing(Owed.RETRY, record.attempt, record.due, record.error)
-        return record, Duplicate(record.attempt)
-    if record.status is TaskStatus.RUNNING:
-        if record.lease == op.lease:
-            return record, Granted(record.fence, record.crashes)
-        if record.owner != op.presumed_dead:
-            return record, Held(record.owner)
-        if record.cancel is not None:
-            canceled = _canceled(record, record.cancel, now=op.now, ttl=op.ttl)
-            return canceled, Ended(canceled.status)
-    crashed = record.status is TaskStatus.RUNNING
-    claimed = replace(
-        record,
-        status=advance(record.status, Event.CLAIM),
-        attempt=op.attempt,
-        # At least the time in milliseconds, so that it grows even when the store was
-        # emptied and has forgotten the fences before.
-        fence=max(record.fence + 1, int(op.now * 1000)),
-        lease=op.lease,
-        # A state that was written anew by a settlement knew neither of these.
-        job=record.job or op.job,
-        parent=(op.parent or None) if record.parent is None else record.parent,
-        crashes=record.crashes + crashed,
-        started_at=op.now,
-        updated_at=op.now,
-        due=None,
-        owed=None,
-        expires_at=None,
-    )
-    return claimed, Granted(claimed.fence, claimed.crashes)
-
-
-def _claim_of_ended(record: TaskRecord, op: Claim) -> tuple[TaskRecord, ClaimAnswer]:
-    if record.owed is Owed.ERROR and record.attempt == op.attempt:
-        return record, Owing(Owed.ERROR, record.attempt, None, record.error)
-    if record.expires_at is None:
-        # This may be the copy of an earlier attempt, while the one that is due still waits.
-        due = record.due or 0.0
-        start = due if op.now < due < op.now + FAR else op.now
-        record = replace(record, expires_at=start + op.ttl)
-    return record, Ended(record.status)
-
-
-def _settle(record: TaskRecord | None, op: Settle) -> tuple[TaskRecord | None, Settled]:
-    if record is None:
-        record = TaskRecord(
-            task_id=op.task_id,
-            name=op.name,
-            job="",
-            status=TaskStatus.RUNNING,
-            attempt=op.attempt,
-            fence=op.fence,
-            lease=op.lease,
-            created_at=op.now,
-        )
-    if record.lease != op.lease or record.fence != op.fence:
-        return record, STALE
-    if record.status not in sources(op.event):
-        repeated = record.status is target(op.event) and record.attempt == op.attempt
-        return record, WRITTEN if repeated else STALE
-    if record.cancel is not None and op.event in YIELDING:
-        # Stale, so that nothing is published that would outlive this state.
-        return _canceled(record, record.cancel, now=op.now, ttl=op.ttl), STALE
-    status = target(op.event)
-    settled = replace(
-        record,
-        status=status,
-        attempt=op.attempt,
-        updated_at=op.now,
-        due=op.due,
-        result=op.result,
-        error=op.error if op.error is not None else record.error,
-        reason=op.reason,
-        cancel=None,
-        owed=op.owed,
-        ended_at=op.now if status.ended else None,
-        expires_at=op.now + op.ttl if status.ended else None,
-    )
-    return settled, WRITTEN
+"""The operations that change a task's record; `rules.change` says how."""

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from .lifecycle import TaskStatus
 
-__all__ = ["Owed", "TaskRecord"]
+__all__ = ["Owed", "TaskRecord", "owner_of"]
 
 
 class Owed(StrEnum):
@@ -69,4 +69,9 @@ class TaskRecord:
     @property
     def owner(self) -> str:
         """Incarnation of the worker that holds, or last held, the lease."""
-        return self.lease.rpartition("/")[0]
+        return owner_of(self.lease)
+
+
+def owner_of(lease: str) -> str:
+    """Return the incarnation of the worker that a lease belongs to."""
+    return lease.rpartition("/")[0]

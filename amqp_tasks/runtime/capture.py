@@ -7,13 +7,13 @@ himself. So three things are no capture:
 
 - many short steps that together keep the loop from beating: that is load, and no task's
   fault more than another's;
-- a process that was suspended, or had no processor: then the looks are late, too;
-- one look after a long silence: it says nothing about what was in between.
+- a process that was suspended, or had no processor: then the looks are late, too, and
+  one look after a long silence says nothing about what was in between;
+- a thread that waits for a processor, on a busy machine: such time does not count.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
@@ -55,9 +55,9 @@ class Limits:
         """Seconds between two looks, and between two beats."""
         return min(self.timeout / LOOKS, LONGEST_PAUSE)
 
-    @property
-    def longest_gap(self) -> float:
-        return LATE * self.pause
+    def is_late(self, gap: float) -> bool:
+        """True if a look tells nothing about the `gap` seconds since the one before it."""
+        return gap > LATE * self.pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Sight:
     """What was seen at one look."""
 
     at: float
-    """When, by the clock of whoever looked."""
+    """When, by a clock on which only time passes that the loop's thread could use."""
     beats: int
     """How often the loop had beaten."""
     task: object | None
@@ -80,13 +80,13 @@ def look(
     at: float,
     beats: int,
     task: object | None,
-    longest_gap: float = math.inf,
+    is_late: bool = False,
 ) -> Sight:
     """Return what is seen now, after what was seen before."""
     if (
         before is None
         or beats != before.beats
-        or at - before.at > longest_gap
+        or is_late
         or (before.task is not None and task is not before.task)
     ):
         return Sight(at=at, beats=beats, task=task, since=at)
@@ -112,6 +112,11 @@ class Capture:
     seconds: float
     stack: str
     """Of the loop's thread, as text."""
+
+    @property
+    def key(self) -> tuple[int, Attempt | None]:
+        """The same for all captures that are one, whoever saw them."""
+        return self.beats, self.attempt
 
     def is_seen_in(self, sight: Sight) -> bool:
         """True if it still goes on."""

@@ -154,7 +154,7 @@ class Consumer:
         answer: ClaimAnswer | None
         if message.task_id in self.running:
             # Known without asking; and the store, were it emptied, would not know.
-            answer = Held(self._owner)
+            answer = Held(f"{self._owner}/")
         else:
             answer = await self._claim(message, lease_id)
         match answer:
@@ -163,8 +163,8 @@ class Consumer:
             case Granted(fence, crashes):
                 lease = Lease(id=lease_id, fence=fence, worker=self._owner)
                 await self._run_and_settle(message, lease, crashes, delivery)
-            case Held(owner):
-                log.debug("task %s runs on %s: its copy waits", message.task_id, owner)
+            case Held():
+                log.debug("task %s runs on %s: its copy waits", message.task_id, answer.owner)
                 copy = park(message, self._link.topology)
                 await self._link.publish_persistently(copy)
                 delivery.ack()
@@ -212,7 +212,7 @@ class Consumer:
         if await state.ask(IsAlive(owner=answer.owner)):
             return answer
         log.warning("task %s: its worker %s is gone", claim.task_id, answer.owner)
-        return await state.ask(replace(claim, presumed_dead=answer.owner, now=self._clock()))
+        return await state.ask(replace(claim, lost_lease=answer.lease, now=self._clock()))
 
     async def _run_and_settle(
         self, message: Message, lease: Lease, crashes: int, delivery: Ticket

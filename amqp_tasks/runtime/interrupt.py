@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -53,16 +54,22 @@ class Interrupter:
         view: of the loop, which runs in the main thread.
         cancel_soon: calls a function on the loop when it is free; may be called anywhere.
         limits: how long a task may keep the loop; without a grace, nothing is raised.
+        note: writes down what was found; before the task can end, hence not in a thread.
     """
 
     def __init__(
-        self, view: LoopView, cancel_soon: Callable[[Callable[[], None]], object], limits: Limits
+        self,
+        view: LoopView,
+        cancel_soon: Callable[[Callable[[], None]], object],
+        limits: Limits,
+        note: Callable[[Capture], None],
     ) -> None:
         self.held: Capture | None = None
         """Why the main thread is held: nothing else could be done about it."""
         self._view = view
         self._cancel_soon = cancel_soon
         self._limits = limits
+        self._note = note
         self._found: deque[Capture] = deque()
         self._order: Capture | None = None
         self._own: Capture | None = None
@@ -109,36 +116,47 @@ class Interrupter:
     def _handle(self, frame: FrameType) -> None:
         if self._shall_hold:
             self._hold()
-        attempt = attempt_or_none()
-        capture = self._capture(attempt, frame)
-        if capture is None or attempt is None or not self._limits.grace:
-            return
-        if self._raised_at == capture.beats or attempt.interrupts >= MOST_INTERRUPTS:
-            return
-        if may_interrupt(frame):
-            self._raise(capture, attempt)
-
-    def _capture(self, attempt: Attempt | None, frame: FrameType) -> Capture | None:
-        """Return the capture that goes on at this moment, if one does."""
-        view = self._view
+        view, attempt = self._view, attempt_or_none()
         sight = look(self._sight, at=view.cpu_time(), beats=view.beats, task=view.running())
         self._sight = sight
-        order = self._order
-        if order is not None and order.is_seen_in(sight) and order.attempt is attempt:
-            return order
-        verdict = judge(sight, self._limits)
-        if verdict is Verdict.FREE:
-            return None
-        if self._own is None or not self._own.is_seen_in(sight):
-            whose = attempt or view.attempt_of(sight.task)
-            seconds = sight.at - sight.since
-            self._own = Capture(sight.beats, sight.task, whose, seconds, format_stack(frame))
-            self._found.append(self._own)
+        verdict = judge(sight, self._limits)  # by this thread's computing time
+        capture = self._ordered(sight, attempt)
+        if capture is None and verdict is not Verdict.FREE:
+            capture = self._seen(sight, attempt, frame)
+        if capture is None:
+            return
         if verdict is Verdict.HOPELESS:
             # Nobody else can do anything as long as this thread keeps the interpreter.
-            self.held = self._own
+            self.held = capture
             self._hold()
+        if attempt is None or not self._limits.grace or self._raised_at == capture.beats:
+            return
+        if attempt.interrupts < MOST_INTERRUPTS and may_interrupt(frame):
+            self._raise(capture, attempt)
+
+    def _ordered(self, sight: Sight, attempt: Attempt | None) -> Capture | None:
+        """Return the capture that the thread has seen, if it goes on at this moment."""
+        order = self._order
+        if order is None or not order.is_seen_in(sight):
+            return None
+        if order.task is None and order.attempt is None and attempt is not None:
+            # In a callback. Whose it is, only its context tells, and only here.
+            self._order = order = replace(order, attempt=attempt)
+            self._find(order)
+        return order if order.attempt is attempt else None
+
+    def _seen(self, sight: Sight, attempt: Attempt | None, frame: FrameType) -> Capture:
+        """Return the capture that the thread could not see."""
+        if self._own is None or not self._own.is_seen_in(sight):
+            whose = attempt or self._view.attempt_of(sight.task)
+            seconds = sight.at - sight.since
+            self._own = Capture(sight.beats, sight.task, whose, seconds, format_stack(frame))
+            self._find(self._own)
         return self._own
+
+    def _find(self, capture: Capture) -> None:
+        self._found.append(capture)
+        self._note(capture)
 
     def _raise(self, capture: Capture, attempt: Attempt) -> NoReturn:
         self._raised_at = capture.beats
@@ -156,7 +174,10 @@ class Interrupter:
 
 @contextmanager
 def open_interrupter(
-    view: LoopView, cancel_soon: Callable[[Callable[[], None]], object], limits: Limits
+    view: LoopView,
+    cancel_soon: Callable[[Callable[[], None]], object],
+    limits: Limits,
+    note: Callable[[Capture], None],
 ) -> Generator[Interrupter | None]:
     """Be able to interrupt for as long as the block; None, and a line in the log, if not."""
     problem = _problem(view)
@@ -172,7 +193,7 @@ def open_interrupter(
             )
         yield None
         return
-    interrupter = Interrupter(view, cancel_soon, limits)
+    interrupter = Interrupter(view, cancel_soon, limits, note)
     handler: Any = signal.signal(_SIGNAL, interrupter.on_signal)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     view.on_beat = interrupter.set_timer

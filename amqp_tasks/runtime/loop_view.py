@@ -12,8 +12,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Protocol
 
@@ -73,6 +74,8 @@ class LoopView:
         self.on_beat: Callable[[], object] = lambda: None
         self._tasks = tasks
         self._collections = _Collections(self.thread)
+        self._schedule = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+        self._queued = 0.0
 
     def beat(self) -> None:
         """Show that the loop is free: called on the loop, again and again."""
@@ -95,6 +98,17 @@ class LoopView:
         compute, so by this clock no time passes for it.
         """
         return time.thread_time() - self._collections.cpu_time
+
+    def queued_time(self) -> float:
+        """Return the seconds that the loop's thread has waited for a processor.
+
+        Only Linux tells; elsewhere it is 0, and a busy machine cannot be seen.
+        """
+        # Not 0 if it cannot be read for once: a clock that is set by it must not jump.
+        with suppress(OSError, ValueError, IndexError):
+            # Time computed, time waited (both in ns), and how often.
+            self._queued = int(self._schedule.read_text().split()[1]) / 1e9
+        return self._queued
 
     def running(self) -> object | None:
         """Return what has the loop at this moment: a task, or `COLLECTION`, if that is known."""

@@ -32,6 +32,7 @@ from typing import Final, NoReturn
 import anyio
 
 from ..settings import Settings
+from .attempt import Attempt
 from .capture import Capture, Limits, Sight, Verdict, judge, look
 from .interrupt import Interrupter, open_interrupter
 from .io_loop import IoLoop, ThreadLoop, postbox_of_this_loop
@@ -71,12 +72,13 @@ async def open_watchdog(io: IoLoop, settings: Settings) -> AsyncGenerator[Watchd
         grace, post = math.inf, to_tasks
     limits = Limits(settings.auto_kill_timeout, grace)
     delay = max(limits.timeout + limits.grace, LOST_HEARTBEATS * settings.heartbeat)
+    notes = _Notes(post)
     with (
         _last_resort(delay) as last_resort,
         view.open(),
-        open_interrupter(view, to_tasks, limits) as interrupter,
+        open_interrupter(view, to_tasks, limits, notes.write) as interrupter,
     ):
-        watchdog = Watchdog(view, limits, interrupter, last_resort, post)
+        watchdog = Watchdog(view, limits, interrupter, last_resort, notes)
         async with anyio.create_task_group() as tasks:
             living = anyio.CancelScope(shield=True)
             tasks.start_soon(_beat, view, limits.pause, living)
@@ -96,11 +98,7 @@ async def _beat(view: LoopView, pause: float, living: anyio.CancelScope) -> None
 
 
 class Watchdog:
-    """Looks at a task loop from a thread of its own. Made by `open_watchdog`.
-
-    Args:
-        post: posts to the I/O loop.
-    """
+    """Looks at a task loop from a thread of its own. Made by `open_watchdog`."""
 
     def __init__(
         self,
@@ -108,19 +106,25 @@ class Watchdog:
         limits: Limits,
         interrupter: Interrupter | None,
         last_resort: _LastResort,
-        post: Post,
+        notes: _Notes,
     ) -> None:
-        self.records: Records | None = None
-        """Set by the worker as soon as there are any."""
         self._view = view
         self._limits = limits
         self._interrupter = interrupter
         self._last_resort = last_resort
-        self._post = post
+        self._notes = notes
+        self._looked_at = time.monotonic()
         self._sight: Sight | None = None
         self._capture: Capture | None = None
+        """The one that goes on, as far as is known."""
+        self._named: tuple[int, Attempt | None] | None = None
+        """The `Capture.key` of the last one that was named."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="amqp_tasks watchdog", daemon=True)
+
+    def report_to(self, records: Records) -> None:
+        """Use the worker's part on the I/O loop, from the moment that there is one."""
+        self._notes.records = records
 
     def start(self) -> None:
         self._thread.start()
@@ -137,25 +141,28 @@ class Watchdog:
                 self._look(time.monotonic())
             except Exception:  # better one look that failed than no watchdog
                 log.exception("the watchdog could not look")
+        if self._interrupter is not None:
+            self._hear(self._interrupter)
 
     def _look(self, now: float) -> None:
         view, before = self._view, self._sight
         beats = view.beats
-        is_late = before is not None and before.beats == beats
-        task = view.running() if is_late else None  # what has a loop that beats, is no matter
-        gap = self._limits.longest_gap
-        self._sight = sight = look(before, at=now, beats=beats, task=task, longest_gap=gap)
+        is_silent = before is not None and before.beats == beats
+        task = view.running() if is_silent else None  # what has a loop that beats, is no matter
+        is_late = self._limits.is_late(now - self._looked_at)
+        self._looked_at, at = now, now - view.queued_time()
+        self._sight = sight = look(before, at=at, beats=beats, task=task, is_late=is_late)
+        if self._interrupter is not None:
+            self._hear(self._interrupter)
         if self._capture is not None and self._capture.beats != beats:
             log.info("the event loop is free again")
             self._capture = None
-        if self._interrupter is not None:
-            self._hear(self._interrupter)
         verdict = judge(sight, self._limits)
         if verdict is Verdict.FREE:
             return
         if self._capture is None or self._capture.task is not task:
             attempt = view.attempt_of(task)
-            self._name(Capture(beats, task, attempt, now - sight.since, view.stack()))
+            self._name(Capture(beats, task, attempt, sight.at - sight.since, view.stack()))
         assert self._capture is not None
         if verdict is Verdict.HOPELESS:
             self._exit(self._capture)
@@ -165,8 +172,7 @@ class Watchdog:
     def _hear(self, interrupter: Interrupter) -> None:
         """Learn what the main thread has found out by itself."""
         for capture in interrupter.found():
-            if self._capture is None or self._capture.attempt is not capture.attempt:
-                self._name(capture)
+            self._name(capture)
         if interrupter.held is not None:
             self._exit(interrupter.held)
 
@@ -174,13 +180,12 @@ class Watchdog:
 
     def _name(self, capture: Capture) -> None:
         self._capture = capture
-        attempt, seconds = capture.attempt, capture.seconds
-        log.error(
-            "%s captured the event loop for %.1f s\n%s", _who(capture), seconds, capture.stack
-        )
-        if attempt is not None and self.records is not None:
-            message = {"seconds": seconds, "stack": capture.stack}
-            self._post(self.records.note, attempt, "blocked_loop", message)
+        if self._named == capture.key:
+            return  # this thread and the main thread have seen the same
+        self._named = capture.key
+        self._notes.write(capture)
+        who, seconds = _who(capture), capture.seconds
+        log.error("%s captured the event loop for %.1f s\n%s", who, seconds, capture.stack)
 
     # --------------------------------------------------------- 3. end with it
 
@@ -198,11 +203,33 @@ class Watchdog:
         # If nobody knows who it is, nobody is cleared either: the tasks stay claimed, and
         # whoever takes them counts a crash, so that this cannot go on for ever.
         is_known = capture.attempt is not None or capture.task is not None
-        if self.records is not None and is_known:
-            self._post(self.records.abandon, capture.attempt, capture.failure())
-            if not self.records.left.wait(PATIENCE):
-                log.critical("not everything could be settled within %g s", PATIENCE)
+        if is_known and not self._notes.abandon(capture, PATIENCE):
+            log.critical("not everything could be settled within %g s", PATIENCE)
         os._exit(EXIT_BLOCKED)
+
+
+class _Notes:
+    """Hands over to the I/O loop what is to be written and done there."""
+
+    def __init__(self, post: Post) -> None:
+        self.records: Records | None = None
+        self._post = post
+        self._written: tuple[int, Attempt | None] | None = None
+
+    def write(self, capture: Capture) -> None:
+        """Write a capture to the state of its task, once. Also from a signal handler."""
+        if self.records is None or capture.attempt is None or self._written == capture.key:
+            return
+        self._written = capture.key
+        message = {"seconds": capture.seconds, "stack": capture.stack}
+        self._post(self.records.note, capture.attempt, "blocked_loop", message)
+
+    def abandon(self, capture: Capture, patience: float) -> bool:
+        """Have the worker leave; return whether it did within `patience` seconds."""
+        if self.records is None:
+            return True
+        self._post(self.records.abandon, capture.attempt, capture.failure())
+        return self.records.left.wait(patience)
 
 
 def _who(capture: Capture) -> str:

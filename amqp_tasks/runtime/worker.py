@@ -195,7 +195,7 @@ async def open_worker(
                 _WorkerService, io, executor, servers, registry, settings, clock
             )
             if watchdog is not None:
-                watchdog.records = service.records
+                watchdog.report_to(service.records)
 
             async def append(task_id: str, fence: int, entry: str) -> None:
                 await io.call(service.append, task_id, fence, entry)

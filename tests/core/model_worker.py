@@ -111,7 +111,7 @@ class Worker:
                 yield Verdict.ACK
 
     def claim(self, message: Message, lease: str) -> Generator[Step, Any, object]:
-        presumed_dead = None
+        lost_lease = ""
         while True:
             answer = yield Claim(
                 task_id=message.task_id,
@@ -121,11 +121,11 @@ class Worker:
                 lease=lease,
                 now=self.clock(),
                 ttl=self.rules.state_ttl,
-                presumed_dead=presumed_dead,
+                lost_lease=lost_lease,
             )
             if not isinstance(answer, Held) or (yield from self.is_alive(answer.owner)):
                 return answer
-            presumed_dead = answer.owner
+            lost_lease = answer.lease
 
     def is_alive(self, owner: str) -> Generator[Step, Any, bool]:
         alive: bool = yield IsAlive(owner=owner)

@@ -1,6 +1,6 @@
 """A broker, a state store and those who use them, driven one effect at a time.
 
-Queues are lists, the state store is a dictionary that `operations.change` keeps, workers
+Queues are lists, the state store is a dictionary that `rules.change` keeps, workers
 are generators (`model_worker`). Between any two effects a worker may die, or lose its
 connection, its presence or an answer. `World.judge` holds what happened against what was
 promised.
@@ -21,7 +21,6 @@ from amqp_tasks.core.operations import (
     IsAlive,
     RequestCancel,
     Settle,
-    change,
 )
 from amqp_tasks.core.outcome import (
     Canceled,
@@ -32,6 +31,7 @@ from amqp_tasks.core.outcome import (
     Succeeded,
 )
 from amqp_tasks.core.record import TaskRecord
+from amqp_tasks.core.rules import change
 from amqp_tasks.core.settlement import Publication, Verdict
 
 from .model_worker import (

@@ -17,6 +17,7 @@ from amqp_tasks.core.operations import (
     STALE,
     UNKNOWN,
     WRITTEN,
+    YIELDING,
     CancelAnswer,
     Change,
     Claim,
@@ -32,9 +33,9 @@ from amqp_tasks.core.operations import (
     Revoke,
     Settle,
     Settled,
-    change,
 )
 from amqp_tasks.core.record import Owed, TaskRecord
+from amqp_tasks.core.rules import change
 
 NOW = 1_763_900_000.0
 DAY = 86_400.0
@@ -239,7 +240,7 @@ def test_a_copy_of_an_earlier_attempt_does_not_let_a_canceled_task_be_forgotten(
 
 @pytest.mark.parametrize(
     "canceled",
-    [record(cancel="user"), after(record(cancel="user"), claim(presumed_dead="w1"))],
+    [record(cancel="user"), after(record(cancel="user"), claim(lost_lease="w1/1"))],
     ids=["requested", "by whom presumed its worker dead"],
 )
 def test_a_retry_of_a_canceled_task_is_not_published_or_outlived_by_the_state(
@@ -292,19 +293,19 @@ def test_claim_by_the_same_delivery_gets_the_same_answer() -> None:
 
 
 def test_claim_of_what_runs_names_its_owner() -> None:
-    assert change(record(), claim()) == (record(), Held("w1"))
+    assert change(record(), claim()) == (record(), Held("w1/1"))
 
 
 def test_claim_by_another_delivery_to_the_same_worker_is_held_as_well() -> None:
-    assert change(record(), claim(lease="w1/2")) == (record(), Held("w1"))
+    assert change(record(), claim(lease="w1/2")) == (record(), Held("w1/1"))
 
 
 def test_claim_that_presumes_somebody_else_dead_is_held() -> None:
-    assert change(record(), claim(presumed_dead="w0")) == (record(), Held("w1"))
+    assert change(record(), claim(lost_lease="w0/1")) == (record(), Held("w1/1"))
 
 
 def test_claim_from_the_dead_is_granted_and_counted_as_a_crash() -> None:
-    state, answer = change(record(crashes=1), claim(presumed_dead="w1"))
+    state, answer = change(record(crashes=1), claim(lost_lease="w1/1"))
     assert state is not None
     assert answer == Granted(state.fence, 2)
     assert (state.status, state.lease, state.crashes) == (S.RUNNING, "w2/1", 2)
@@ -312,7 +313,7 @@ def test_claim_from_the_dead_is_granted_and_counted_as_a_crash() -> None:
 
 
 def test_claim_from_the_dead_honours_their_cancel_request() -> None:
-    state, answer = change(record(cancel="user"), claim(presumed_dead="w1"))
+    state, answer = change(record(cancel="user"), claim(lost_lease="w1/1"))
     assert answer == Ended(S.CANCELED)
     assert state is not None
     assert (state.status, state.reason, state.cancel) == (S.CANCELED, "user", None)
@@ -328,20 +329,20 @@ def test_claim_of_an_ended_task_says_so(status: TaskStatus, attempt: int) -> Non
 
 def test_claim_of_an_errored_task_whose_message_is_owed_says_what_to_publish() -> None:
     before = record(S.ERRORED, attempt=2, owed=Owed.ERROR, error="{}", expires_at=NOW + 5)
-    assert change(before, claim(attempt=2)) == (before, Owing(Owed.ERROR, 2, None, "{}"))
+    assert change(before, claim(attempt=2)) == (before, Owing(Owed.ERROR, 2, None, "{}", "w1/1"))
     assert change(before, claim(attempt=1)) == (before, Ended(S.ERRORED))
 
 
 def test_claim_for_the_attempt_before_says_that_the_next_message_is_owed() -> None:
     before = record(S.RETRYING, attempt=3, owed=Owed.RETRY, due=NOW + 8, error="{}")
-    assert change(before, claim(attempt=2)) == (before, Owing(Owed.RETRY, 3, NOW + 8, "{}"))
+    assert change(before, claim(attempt=2)) == (before, Owing(Owed.RETRY, 3, NOW + 8, "{}", "w1/1"))
     assert change(before, claim(attempt=1)) == (before, Duplicate(3))
 
 
 @pytest.mark.parametrize("status", [S.SCHEDULED, S.RUNNING, S.RETRYING])
 def test_claim_for_an_earlier_attempt_is_a_duplicate(status: TaskStatus) -> None:
     before = record(status, attempt=2)
-    assert change(before, claim(attempt=1, presumed_dead="w1")) == (before, Duplicate(2))
+    assert change(before, claim(attempt=1, lost_lease="w1/1")) == (before, Duplicate(2))
 
 
 @pytest.mark.parametrize("status", [S.SCHEDULED, S.RETRYING])
@@ -492,7 +493,7 @@ CLAIMS = st.builds(
     attempt=SMALL,
     lease=LEASES,
     now=MOMENTS,
-    presumed_dead=st.none() | st.sampled_from(["w1", "w2"]),
+    lost_lease=st.sampled_from(["", "w1/1", "w1/2", "w2/1"]),
 )
 OTHERS: list[st.SearchStrategy[Any]] = [
     st.builds(create, nonce=st.sampled_from(["n", "m"]), now=MOMENTS),
@@ -590,8 +591,13 @@ def test_a_lease_that_another_one_followed_writes_nothing(
         operation.fence == before.fence and operation.lease != before.lease
     ):
         assert answer == STALE
-    if answer == STALE:
         assert state == before
+    elif answer == STALE and state != before:
+        # Its own lease, but a cancel request was there first.
+        assert before.cancel is not None
+        assert operation.event in YIELDING
+        assert state is not None
+        assert (state.status, state.reason) == (S.CANCELED, before.cancel)
 
 
 @given(before=records(), operation=CLAIMS)
@@ -604,8 +610,9 @@ def test_a_granted_claim_holds_the_lease_and_takes_it_from_the_dead_only(
     assert state is not None
     assert (state.status, state.lease, state.fence) == (S.RUNNING, operation.lease, answer.fence)
     if before is not None and before.status is S.RUNNING and before.lease != operation.lease:
-        assert before.owner == operation.presumed_dead
-        assert state.crashes == before.crashes + 1
+        crashed = operation.attempt == before.attempt
+        assert before.lease == operation.lost_lease or not crashed
+        assert state.crashes == before.crashes + crashed
         assert before.cancel is None
     if before is not None:
         assert state.attempt >= before.attempt

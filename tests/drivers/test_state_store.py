@@ -255,34 +255,45 @@ async def test_claim_of_a_later_attempt(asker: Asker) -> None:
 async def test_the_fence_grows_when_the_clock_does_not(asker: Asker) -> None:
     op = asker.claim()
     first = await asker.ask(op)
-    second = await asker.ask(replace(op, lease="w2/1", presumed_dead="w1", now=op.now - 100))
+    second = await asker.ask(replace(op, lease="w2/1", lost_lease="w1/1", now=op.now - 100))
     assert isinstance(first, Granted)
     assert second == Granted(first.fence + 1, 1)
+
+
+async def test_claim_of_a_later_attempt_than_the_one_that_is_said_to_run(asker: Asker) -> None:
+    """The store was set back: what it says of the attempt before was over long ago."""
+    fence = await asker.make_running()
+    answer = await asker.ask(asker.claim(attempt=2, lease="w2/1"))
+    assert isinstance(answer, Granted)
+    assert answer.fence > fence
+    assert answer.crashes == 0
+    assert (await asker.read()).attempt == 2
 
 
 async def test_claim_of_what_another_holds(asker: Asker) -> None:
     await asker.make(TaskStatus.RUNNING)
     before = await asker.read()
-    assert await asker.ask(asker.claim(lease="w2/1")) == Held("w1")
-    assert await asker.ask(asker.claim(lease="w2/1", presumed_dead="w3")) == Held("w1")
+    assert await asker.ask(asker.claim(lease="w2/1")) == Held("w1/1")
+    assert await asker.ask(asker.claim(lease="w2/1", lost_lease="w3/1")) == Held("w1/1")
     assert await asker.read() == before
 
 
-@pytest.mark.parametrize(("lease", "owner"), [("a/b/7", "a/b"), ("", ""), ("x", ""), ("/1", "")])
+@pytest.mark.parametrize(("lease", "owner"), [("a/b/7", "a/b"), ("x", ""), ("/1", "")])
 async def test_the_owner_is_what_precedes_the_last_slash(
     asker: Asker, lease: str, owner: str
 ) -> None:
     await asker.make_running(lease=lease)
-    assert await asker.ask(asker.claim(lease="w2/1")) == Held(owner)
-    taken = await asker.ask(asker.claim(lease="w2/1", presumed_dead=owner))
+    answer = await asker.ask(asker.claim(lease="w2/1"))
+    assert answer == Held(lease)
+    assert answer.owner == owner
+    taken = await asker.ask(asker.claim(lease="w2/1", lost_lease=lease))
     assert isinstance(taken, Granted)
 
 
 async def test_claim_from_a_dead_owner_counts_a_crash(asker: Asker) -> None:
     await asker.make(TaskStatus.RUNNING)
     for crashes in range(1, 4):
-        dead = f"w{crashes}"
-        op = asker.claim(lease=f"w{crashes + 1}/1", presumed_dead=dead)
+        op = asker.claim(lease=f"w{crashes + 1}/1", lost_lease=f"w{crashes}/1")
         answer = await asker.ask(op)
         assert isinstance(answer, Granted)
         assert answer.crashes == crashes
@@ -293,7 +304,7 @@ async def test_claim_from_a_dead_owner_of_what_shall_be_cancelled(asker: Asker) 
     await asker.make(TaskStatus.RUNNING)
     await asker.ask(asker.request_cancel())
     before = await asker.read()
-    op = asker.claim(lease="w2/1", presumed_dead="w1")
+    op = asker.claim(lease="w2/1", lost_lease="w1/1")
     assert await asker.ask(op) == Ended(TaskStatus.CANCELED)
     assert await asker.read() == replace(
         before,
@@ -319,21 +330,21 @@ async def test_claim_of_what_has_ended(asker: Asker, status: TaskStatus) -> None
 
 async def test_claim_meets_an_error_that_was_not_published(asker: Asker) -> None:
     await asker.make(TaskStatus.ERRORED)
-    assert await asker.ask(asker.claim()) == Owing(Owed.ERROR, 1, None, '"boom"')
+    assert await asker.ask(asker.claim()) == Owing(Owed.ERROR, 1, None, '"boom"', "w1/1")
     assert await asker.ask(asker.claim(attempt=2)) == Ended(TaskStatus.ERRORED)
 
 
 async def test_an_owed_error_has_no_due(asker: Asker) -> None:
     fence = await asker.make(TaskStatus.RUNNING)
     await asker.ask(asker.settle(fence, Event.FAIL, owed=Owed.ERROR, due=1.0))
-    assert await asker.ask(asker.claim()) == Owing(Owed.ERROR, 1, None, None)
+    assert await asker.ask(asker.claim()) == Owing(Owed.ERROR, 1, None, None, "w1/1")
 
 
 async def test_claim_meets_a_retry_that_was_not_published(asker: Asker) -> None:
     fence = await asker.make(TaskStatus.RUNNING)
     settle = asker.settle(fence, Event.RETRY, attempt=2, owed=Owed.RETRY, due=0.1, error='"e"')
     await asker.ask(settle)
-    assert await asker.ask(asker.claim(attempt=1)) == Owing(Owed.RETRY, 2, 0.1, '"e"')
+    assert await asker.ask(asker.claim(attempt=1)) == Owing(Owed.RETRY, 2, 0.1, '"e"', "w1/1")
     assert await asker.ask(asker.claim(attempt=0)) == Duplicate(2)
     await asker.ask(asker.discharge(owed=Owed.RETRY, attempt=2))
     assert await asker.ask(asker.claim(attempt=1)) == Duplicate(2)
@@ -344,7 +355,7 @@ async def test_claim_meets_a_retry_that_was_not_published(asker: Asker) -> None:
 async def test_claim_meets_an_owed_retry_without_due_and_error(asker: Asker) -> None:
     fence = await asker.make(TaskStatus.RUNNING)
     await asker.ask(asker.settle(fence, Event.RETRY, attempt=2, owed=Owed.RETRY))
-    assert await asker.ask(asker.claim(attempt=1)) == Owing(Owed.RETRY, 2, None, None)
+    assert await asker.ask(asker.claim(attempt=1)) == Owing(Owed.RETRY, 2, None, None, "w1/1")
 
 
 # ------------------------------------------------------------------------ settle
@@ -433,7 +444,7 @@ async def test_settle_with_another_lease_or_fence_is_stale(asker: Asker) -> None
 
 async def test_a_zombie_does_not_overwrite_its_successor(asker: Asker) -> None:
     zombie = await asker.make(TaskStatus.RUNNING)
-    fence = await asker.make_running(lease="w2/1", presumed_dead="w1")
+    fence = await asker.make_running(lease="w2/1", lost_lease="w1/1")
     assert await asker.ask(asker.settle(zombie, result='"old"')) == "stale"
     assert await asker.ask(asker.settle(fence, lease="w2/1", result='"new"')) == "written"
     assert await asker.ask(asker.settle(zombie, result='"old"')) == "stale"

@@ -109,7 +109,7 @@ async def test_a_canceled_task_expires(asker: Asker) -> None:
 async def test_a_task_canceled_in_place_of_its_dead_worker_expires(asker: Asker) -> None:
     await asker.make(TaskStatus.RUNNING)
     await asker.ask(asker.request_cancel())
-    await asker.ask(asker.claim(lease="w2/1", presumed_dead="w1", ttl=0.05))
+    await asker.ask(asker.claim(lease="w2/1", lost_lease="w1/1", ttl=0.05))
     await until(asker.is_gone)
 
 
@@ -196,7 +196,7 @@ async def test_every_end_is_announced_once(asker: Asker) -> None:
         await asker.make(TaskStatus.RUNNING, "c")
         await asker.ask(asker.request_cancel("c"))
         for _ in range(2):
-            await asker.ask(asker.claim("c", lease="w2/1", presumed_dead="w1"))
+            await asker.ask(asker.claim("c", lease="w2/1", lost_lease="w1/1"))
         await asker.make(TaskStatus.ERRORED, "last")
         assert await _heard(listener, 4) == [
             ("ended:a", "finished"),

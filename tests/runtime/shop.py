@@ -208,6 +208,11 @@ async def fail_after(seconds: float) -> None:
     raise OutOfStock("after a while")
 
 
+async def time_out_inside() -> None:
+    with anyio.fail_after(1):
+        await anyio.sleep_forever()
+
+
 class Untellable(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no text")

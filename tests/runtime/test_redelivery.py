@@ -139,7 +139,7 @@ async def running_elsewhere(app: TaskApp, message: Message, crashes: int = 0) ->
             lease=f"dead {number + 1}/1",
             now=now(),
             ttl=1000,
-            presumed_dead=f"dead {number}",
+            lost_lease=f"dead {number}/1",
         )
         assert await ask(app, again) == Granted(record_of(app, "x").fence, number + 1)
 
@@ -208,7 +208,7 @@ async def test_a_worker_whose_task_was_taken_over_stops_it_and_writes_nothing(
             lease="other/1",
             now=now() + 1,
             ttl=1000,
-            presumed_dead=record.owner,
+            lost_lease=record.lease,
         )
         assert isinstance(await ask(app, claim), Granted)
         await ask(app, Beat(owner="other", ttl=1000, info="{}"))

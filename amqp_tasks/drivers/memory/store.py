@@ -30,15 +30,15 @@ from ...core.operations import (
     Read,
     ReadEvents,
     RequestCancel,
-    change,
 )
 from ...core.record import TaskRecord
+from ...core.rules import change
 
 __all__ = ["MemoryStore"]
 
 
 class MemoryStore:
-    """A dict of records under the rules of `core.operations`.
+    """A dict of records under the rules of `core.rules`.
 
     Args:
         clock: returns seconds since the epoch; the same clock as its user's.

@@ -141,13 +141,12 @@ class Commands:
 
     def _claim(self, op: Claim) -> bytes:
         now = _number(op.now)
-        dead = b"" if op.presumed_dead is None else to_bytes(op.presumed_dead) + b"/"
         return self._evalsha(
             _CLAIM,
             op.task_id,
             *(_RUNNING, _CANCELED, _ENDED),
-            *(b"%d" % op.attempt, to_bytes(op.lease), now, b"%d" % int(op.now * 1000), dead),
-            *(_number(op.now + op.ttl), self._keys.ended(op.task_id)),
+            *(b"%d" % op.attempt, to_bytes(op.lease), now, b"%d" % int(op.now * 1000)),
+            *(to_bytes(op.lost_lease), _number(op.now + op.ttl), self._keys.ended(op.task_id)),
             *(job := to_bytes(op.job), to_bytes(op.parent or ""), _number(op.ttl)),
             *(b"name", to_bytes(op.name), b"job", job, b"created_at", now),
             *_fields(deadline=op.deadline, parent=op.parent),
@@ -156,7 +155,8 @@ class Commands:
     def _settle(self, op: Settle) -> bytes:
         status, attempt, now = _TARGET[op.event], b"%d" % op.attempt, _number(op.now)
         ended = op.event in _ENDS
-        expires_at, channel = _number(op.now + op.ttl), self._keys.ended(op.task_id)
+        expires_at = b"" if op.ttl is None else _number(op.now + op.ttl)
+        channel = self._keys.ended(op.task_id)
         return self._evalsha(
             _SETTLE,
             op.task_id,

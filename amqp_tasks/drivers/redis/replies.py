@@ -120,12 +120,13 @@ def _claim_answer(kind: bytes, rest: Sequence[Any]) -> ClaimAnswer:
         case b"duplicate":
             return Duplicate(int(rest[0]))
         case b"owing":
-            owed, attempt, due, error = rest
+            owed, attempt, due, error, lease = rest
             return Owing(
                 _owed(owed),
                 int(attempt),
                 None if due is None else float(due),
                 _optional_text(error),
+                from_bytes(lease or b""),
             )
         case _:
             raise ValueError(f"claim.lua answered {kind!r}")

@@ -1,7 +1,7 @@
 """Task states on Redis (6.2 or later), and on a Redis Cluster of one node.
 
 Of each task there is a hash and a stream, which one script at a time changes
-(``lua/*.lua``, the rules of `core.operations` in Redis's words); of each worker a key that
+(``lua/*.lua``, the rules of `core.rules` in Redis's words); of each worker a key that
 expires; and an index for lists (`redis_index`). Announcements go by pub/sub
 (`redis_listener`).
 """

@@ -1,6 +1,5 @@
 -- ARGV: the status of a task that runs, that of a canceled one, the ended statuses, attempt,
---       lease, now, the least fence, the owner that is presumed dead with a slash after it
---       ('' for none), expires_at if it has ended, the channel for its end, job, parent (''
+--       lease, now, the least fence, the lease whose owner is gone ('' for none), expires_at if it has ended, the channel for its end, job, parent (''
 --       for none), ttl of an ended task, then fields and values of a task that nobody knows.
 
 local RUNNING, CANCELED, ENDED = ARGV[1], ARGV[2], ARGV[3]
@@ -15,7 +14,7 @@ local function refuse(...)
 end
 
 local function owing(due)
-  return refuse('owing', owed, attempt, due, redis.call('HGET', STATE, 'error'))
+  return refuse('owing', owed, attempt, due, redis.call('HGET', STATE, 'error'), lease)
 end
 
 if status then
@@ -45,15 +44,18 @@ if status then
     if lease == ARGV[5] then
       return refuse('granted', found[4], crashes)
     end
-    local owner = string.match(lease, '^(.*)/') or ''
-    if owner .. '/' ~= ARGV[8] then
-      return refuse('held', owner)
+    -- A message for a later attempt: this one was settled, and the store has lost that.
+    local crashed = asked == known
+    if crashed and (lease ~= ARGV[8] or lease == '') then
+      return refuse('held', lease)
     end
     if requested then
       cancel(CANCELED, requested, ARGV[6], ARGV[9], ARGV[10])
       return {status, CANCELED, ARGV[9], 'ended', CANCELED}
     end
-    crashes = string.format('%.0f', tonumber(crashes) + 1)
+    if crashed then
+      crashes = string.format('%.0f', tonumber(crashes) + 1)
+    end
   end
 else
   redis.call('HSET', STATE, unpack(ARGV, 14))

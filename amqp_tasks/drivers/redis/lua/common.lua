@@ -1,4 +1,4 @@
--- Begins every script of this folder; `operations.change` says what they have to do.
+-- Begins every script of this folder; `core.rules.change` says what they have to do.
 --
 -- KEYS: the task's state (a hash) and its events (a stream). Both are in the task's slot,
 -- and a script touches nothing else. A field that is not in the hash has its default, which
@@ -39,7 +39,7 @@ local function announce(channel, text)
   redis.pcall('PUBLISH', channel, text)
 end
 
--- `expires_at` is false for a task that waited: its state is kept until its message comes.
+-- `expires_at` is false if a message is on its way: the state is kept until that comes.
 local function cancel(status, reason, now, expires_at, channel)
   redis.call('HDEL', STATE, 'cancel', 'owed')
   redis.call('HSET', STATE, 'status', status, 'reason', reason, 'updated_at', now, 'ended_at', now)

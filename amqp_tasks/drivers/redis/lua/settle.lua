@@ -1,7 +1,7 @@
 -- ARGV: lease, fence, the statuses that the event may come from, the one it leads to,
 --       attempt, now, expires_at ('' for none), the channel for its end ('' if it has not
 --       ended), name; the status that a cancel request leads to instead ('' if the event
---       wins over one), expires_at and the channel if so; then the fields to be set and
+--       wins over one), expires_at ('' for none) and the channel if so; then the fields to be set and
 --       their values.
 
 local found = redis.call('HMGET', STATE, 'status', 'expires_at', 'attempt', 'fence', 'lease',
@@ -17,8 +17,9 @@ elseif not among(ARGV[3], status) then
   local repeated = status == ARGV[4] and attempt == ARGV[5]
   return {status, status, expires_at, repeated and 'written' or 'stale'}
 elseif requested and ARGV[10] ~= '' then
-  cancel(ARGV[10], requested, ARGV[6], ARGV[11], ARGV[12])
-  return {status, ARGV[10], ARGV[11], 'stale'}
+  local until_ = ARGV[11] ~= '' and ARGV[11]
+  cancel(ARGV[10], requested, ARGV[6], until_, ARGV[12])
+  return {status, ARGV[10], until_, 'stale'}
 else
   redis.call('HDEL', STATE, 'due', 'result', 'reason', 'cancel', 'owed', 'ended_at')
 end
