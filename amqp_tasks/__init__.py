@@ -19,6 +19,7 @@ and, elsewhere, ``python -m amqp_tasks worker --app shop.tasks:app``.
 
 from .app import TaskApp
 from .client import RemoteTaskGroup, Task, TaskEvent, TaskHandle, TaskState
+from .client.errors import ErrorLetter, ErrorQueue
 from .core.lifecycle import TaskStatus
 from .core.outcome import CancelReason
 from .core.retry import RetryPolicy
@@ -39,6 +40,7 @@ from .exceptions import (
     RemoteTaskError,
     ResultTimeout,
     SettingsError,
+    StateCorrupt,
     StateStoreError,
     StateStoreRefused,
     StateStoreUnavailable,
@@ -47,6 +49,7 @@ from .exceptions import (
     UnknownTask,
 )
 from .runtime.attempt import Attempt, MessageType, current_attempt
+from .runtime.errors import Replayed
 from .runtime.worker import Worker
 from .settings import Settings
 
@@ -62,6 +65,8 @@ __all__ = [
     "DecodeError",
     "DefinitionError",
     "DuplicateTask",
+    "ErrorLetter",
+    "ErrorQueue",
     "LoopBlocked",
     "MessageType",
     "NotConnected",
@@ -69,10 +74,12 @@ __all__ = [
     "QueueMismatch",
     "RemoteTaskError",
     "RemoteTaskGroup",
+    "Replayed",
     "ResultTimeout",
     "RetryPolicy",
     "Settings",
     "SettingsError",
+    "StateCorrupt",
     "StateStoreError",
     "StateStoreRefused",
     "StateStoreUnavailable",

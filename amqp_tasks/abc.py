@@ -87,6 +87,20 @@ class BrokerSession(Protocol):
         """
         ...
 
+    async def count(self, queue: str) -> int:
+        """Return how many messages of a queue are ready: those that are out on delivery,
+        to whomever, do not count.
+
+        Raises:
+            BrokerRefused: there is no such queue, or this user may not.
+            BrokerUnavailable: the connection was lost.
+        """
+        ...
+
+    async def is_blocked(self) -> bool:
+        """Tell whether the broker takes no messages at present (memory or disk alarm)."""
+        ...
+
     async def wait_closed(self) -> str:
         """Return when the connection is lost, with the reason in words."""
         ...

@@ -24,6 +24,7 @@ from .client import (
     open_client,
     open_remote_task_group,
 )
+from .client.errors import ErrorQueue, open_error_queue
 from .client.state import state_from
 from .core.lifecycle import TaskStatus
 from .core.message import check_task_id
@@ -293,6 +294,29 @@ class TaskApp:
         """
         records = await self._client().list(prefix, _status(status), after, limit)
         return [state_from(record, (), _as_it_is) for record in records]
+
+    @asynccontextmanager
+    async def error_queue(self) -> AsyncGenerator[ErrorQueue, None]:
+        """Look at the error queue, and replay or drop what is in it. Needs no worker.
+
+        ::
+
+            async with app.error_queue() as letters:
+                async for letter in letters:
+                    if letter.name == "shop.add":
+                        await letters.replay(letter)
+
+        Raises:
+            BrokerError, StateStoreError: a server cannot be used, or was lost; or there is
+                no error queue.
+        """
+        async with (
+            self._io_loop("amqp_tasks errors") as io,
+            open_error_queue(
+                io, self._servers("amqp_tasks errors"), self.settings, clock=self._clock
+            ) as queue,
+        ):
+            yield queue
 
     # ------------------------------------------------------------------ working
 

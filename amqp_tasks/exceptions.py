@@ -123,6 +123,10 @@ class StateStoreRefused(StateStoreError):
     """Raised when the state store answers and says no: login, permission, read-only."""
 
 
+class StateCorrupt(StateStoreError):
+    """Raised when what is stored under a task's id is not a task's state."""
+
+
 class TaskNotFound(AmqpTasksError):
     """Raised when no state is known for a task id: never queued, or expired since."""
 

@@ -133,6 +133,19 @@ class Settings(BaseSettings):
     reconnect_timeout: _Positive = Field(
         300.0, description="Seconds after which a worker that cannot reconnect exits."
     )
+    beacon_ttl: _NotNegative = Field(
+        5.0,
+        description="Seconds between messages that a worker sends to itself; if none comes back "
+        "for three times as long, the connection is dead. 0 turns them off.",
+    )
+    on_beacon_lost: Literal["reconnect", "exit"] = Field(
+        "reconnect", description="What a worker does when no beacon comes back."
+    )
+    guard_after: _Positive = Field(
+        900.0,
+        description="Seconds for which a worker holds a delivery; a task that runs for longer is "
+        "kept by a copy of its message. Less than RabbitMQ's `consumer_timeout` (30 min).",
+    )
 
     # Running
     max_running_tasks: Annotated[int, Field(ge=1, le=65_535)] = Field(

@@ -28,6 +28,7 @@ ERRORS = {
     "ResultTimeout",
     "SettingsError",
     "StateStoreError",
+    "StateCorrupt",
     "StateStoreRefused",
     "StateStoreUnavailable",
     "TaskCanceled",
@@ -37,9 +38,12 @@ ERRORS = {
 OTHERS = {
     "Attempt",
     "CancelReason",
+    "ErrorLetter",
+    "ErrorQueue",
     "LoopBlocked",
     "MessageType",
     "RemoteTaskGroup",
+    "Replayed",
     "RetryPolicy",
     "Settings",
     "Task",
@@ -87,7 +91,9 @@ def public_members(kind: type) -> list[tuple[str, object]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["TaskApp", "TaskHandle", "Task", "RemoteTaskGroup", "Worker"])
+@pytest.mark.parametrize(
+    "name", ["ErrorQueue", "TaskApp", "TaskHandle", "Task", "RemoteTaskGroup", "Worker"]
+)
 def test_what_people_call_is_documented(name: str) -> None:
     members = public_members(getattr(amqp_tasks, name))
     assert members

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .errors import errors
 from .worker import worker
 
 __all__ = ["main"]
@@ -16,3 +17,4 @@ def main() -> None:
 
 
 main.add_command(worker)
+main.add_command(errors)

@@ -87,11 +87,12 @@ async def open_client(
     io: IoLoop, servers: Servers, settings: Settings, *, clock: Callable[[], float]
 ) -> AsyncGenerator[Client, None]:
     """Connect a producer for as long as the block."""
-    with single_error():
+    with single_error() as edge:
         service = await io.make(_ClientService, servers, settings, clock)
         async with anyio.create_task_group() as tasks:
             await tasks.start(io.serve, service.run)
             try:
-                yield Client(io, service.producer)
+                with edge.block():
+                    yield Client(io, service.producer)
             finally:
                 tasks.cancel_scope.cancel()

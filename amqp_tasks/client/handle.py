@@ -70,7 +70,16 @@ class TaskHandle(Generic[R_co]):
             TaskNotFound: nothing is known about it.
             ResultTimeout: it has not ended in time. A `TimeoutError`.
         """
-        record = await self._wait(timeout)
+        return self._result_of(await self._wait(timeout))
+
+    async def result_beside(self) -> R_co:
+        """Wait like `result`, for somebody who does so beside the task that he is part of.
+
+        That task keeps its slot in the worker.
+        """
+        return self._result_of(await self._client().wait(self.task_id))
+
+    def _result_of(self, record: TaskRecord) -> R_co:
         match record.status:
             case TaskStatus.FINISHED:
                 return self._decode_result(record.result or "null")

@@ -90,7 +90,7 @@ class RemoteTaskGroup:
                     tasks.start_soon(self._end, task_id)
 
     async def _follow(self, handle: TaskHandle[Any]) -> None:
-        await handle.result()
+        await handle.result_beside()
         self._open.discard(handle.task_id)
         if not self._open:
             self._all_done.set()

@@ -5,7 +5,9 @@ Laws of this file:
 1. Whatever changes a task's status is an event in `TRANSITIONS`. A pair of status
    and event that is not in the table cannot happen; asking for it raises and
    changes nothing.
-2. finished, errored and canceled absorb: nothing leads out of them.
+2. finished, errored and canceled absorb: nothing that a worker or a producer does
+   leads out of them. There is one exception: somebody who replays a task out of the
+   error queue reopens it, and it goes from errored back to scheduled.
 3. State stores do not repeat the table. They ask `sources` from which states an
    event may come, and refuse the write otherwise.
 
@@ -16,7 +18,8 @@ Who moves a task on::
                 or another worker's claim once the holder is gone
     retrying    an attempt failed and the next waits in a delay queue
     finished    ended with a result
-    errored     ended with an error; its message is in the error queue
+    errored     ended with an error; its message is in the error queue, and only
+                replaying that moves the task on
     canceled    ended because somebody asked for it
 """
 
@@ -43,7 +46,7 @@ class TaskStatus(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """True for the three states that nothing leads out of."""
+        """True for the three states that absorb."""
         return self in ENDED
 
 
@@ -60,6 +63,8 @@ class Event(StrEnum):
     CANCEL = "cancel"
     RELEASE = "release"
     """The worker gives the task back unfinished, without counting the attempt."""
+    REOPEN = "reopen"
+    """Somebody replays the task out of the error queue."""
 
 
 _S = TaskStatus
@@ -85,7 +90,9 @@ TRANSITIONS: Final[Mapping[TaskStatus, Mapping[Event, TaskStatus]]] = {
         Event.CANCEL: _S.CANCELED,
     },
     _S.FINISHED: {},
-    _S.ERRORED: {},
+    _S.ERRORED: {
+        Event.REOPEN: _S.SCHEDULED,
+    },
     _S.CANCELED: {},
 }
 

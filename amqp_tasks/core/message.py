@@ -34,6 +34,7 @@ from .outcome import Failure
 
 __all__ = [
     "MAX_TASK_ID_LENGTH",
+    "UNREADABLE",
     "Message",
     "check_task_id",
     "clean",
@@ -60,6 +61,15 @@ PARKED: Final = "task-parked"
 
 MAX_HEADERS: Final = 128_000
 """Bytes of all headers of a message; RabbitMQ's frames hold 131,072 by default."""
+
+UNREADABLE: Final = "x-unreadable"
+"""Header that a driver gives to a message whose headers nobody can read; says why."""
+
+LATEST: Final = 1e12
+"""Seconds, thirty thousand years; what is larger is no time, and sums of it overflow."""
+
+MAX_NAME_LENGTH: Final = 1_000
+"""Characters of a task's name."""
 
 _OUR_PREFIXES: Final = ("task-", "error-", "x-")
 _ROUTING: Final = ("CC", "BCC")
@@ -163,6 +173,8 @@ def decode(body: bytes, headers: Mapping[str, Any] | None = None) -> Message:
             which part, and what would be right. Nothing else is raised, whatever the
             bytes.
     """
+    if headers is not None and UNREADABLE in headers:
+        raise DecodeError(f"the headers cannot be read: {_short(headers[UNREADABLE])}")
     content = _body_object(body)
     task_id = content.pop("task_id", None)
     problem = task_id_problem(task_id)
@@ -171,7 +183,7 @@ def decode(body: bytes, headers: Mapping[str, Any] | None = None) -> Message:
     try:
         return Message(
             task_id=task_id,
-            func=_take(content, "func", str, "the name of a task, a text that is not empty"),
+            func=_task_name(content),
             args=_take(content, "args", list, "a list", default=[]),
             kwargs=_take(content, "kwargs", dict, "an object", default={}),
             extra=content,
@@ -274,6 +286,17 @@ def _body_object(body: bytes) -> dict[str, Any]:
     return content
 
 
+def _task_name(content: dict[str, Any]) -> str:
+    name = _take(content, "func", str, "the name of a task, a text that is not empty")
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise DecodeError(
+            f"func={_short(name)}: must be the name of a task, of at most {MAX_NAME_LENGTH} "
+            "characters and without line breaks"
+        )
+    assert isinstance(name, str)
+    return name
+
+
 def _take(
     content: dict[str, Any], key: str, kind: type[Any], what: str, *, default: Any = None
 ) -> Any:
@@ -316,9 +339,9 @@ def _seconds(headers: Mapping[str, Any], key: str) -> float | None:
             seconds = float(value)
         except (ValueError, OverflowError):
             seconds = math.nan
-        if math.isfinite(seconds):
+        if abs(seconds) < LATEST:
             return seconds
-    raise DecodeError(f"header {key}={_short(value)}: must be a number of seconds")
+    raise DecodeError(f"header {key}={_short(value)}: must be a number of seconds below {LATEST:g}")
 
 
 def _name(headers: Mapping[str, Any], key: str) -> str | None:

@@ -43,6 +43,8 @@ __all__ = [
     "Polled",
     "Read",
     "ReadEvents",
+    "Reopen",
+    "Reopened",
     "RequestCancel",
     "Revoke",
     "Settle",
@@ -110,6 +112,33 @@ class Revoke(Operation[bool]):
     task_id: str
     nonce: str
     now: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reopen(Operation["Reopened"]):
+    """Schedule an errored task anew, before its message leaves the error queue.
+
+    It then owes its first message, as a new task does, and until `Discharge` expires after
+    `ttl` seconds. A state that is not there (expired, say) is written as a producer would.
+    Any other state is left as it is.
+    """
+
+    task_id: str
+    name: str
+    job: str
+    nonce: str
+    now: float
+    ttl: float = 3600.0
+    deadline: float | None = None
+    parent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """The status from now on, and whether the first message of a scheduled task is owed."""
+
+    status: TaskStatus
+    owed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,5 +363,5 @@ class ListTasks(Operation[Sequence[str]]):
     limit: int = 100
 
 
-Change: TypeAlias = Create | Discharge | Revoke | RequestCancel | Claim | Settle
+Change: TypeAlias = Create | Discharge | Revoke | Reopen | RequestCancel | Claim | Settle
 """The operations that change a task's record; `rules.change` says how."""

@@ -55,6 +55,8 @@ class Reason(StrEnum):
     BAD_ARGUMENTS = "bad_arguments"
     BAD_RESULT = "bad_result"
     """The task returned what cannot be written as JSON."""
+    CORRUPT_STATE = "corrupt_state"
+    """What the state store keeps under the task's id is not a task's state."""
     CRASHED_WORKER = "crashed_worker"
     """Its worker died under it, `max_crashes` times."""
 

@@ -30,12 +30,14 @@ from .operations import (
     Granted,
     Held,
     Owing,
+    Reopen,
+    Reopened,
     RequestCancel,
     Revoke,
     Settle,
     Settled,
 )
-from .record import Owed, TaskRecord
+from .record import Owed, TaskRecord, owner_of
 
 __all__ = ["change"]
 
@@ -56,6 +58,8 @@ def change(record: TaskRecord | None, operation: Change) -> tuple[TaskRecord | N
             return _discharge(record, operation)
         case Revoke():
             return _revoke(record, operation)
+        case Reopen():
+            return _reopen(record, operation)
         case RequestCancel():
             return _request_cancel(record, operation)
         case Claim():
@@ -103,6 +107,30 @@ def _revoke(record: TaskRecord | None, op: Revoke) -> tuple[TaskRecord | None, b
     ):
         return None, True
     return record, False
+
+
+def _reopen(record: TaskRecord | None, op: Reopen) -> tuple[TaskRecord, Reopened]:
+    if record is not None and record.status not in sources(Event.REOPEN):
+        first = record.status is TaskStatus.SCHEDULED and record.owed is Owed.PUBLISH
+        return record, Reopened(record.status, first)
+    reopened = TaskRecord(
+        task_id=op.task_id,
+        name=op.name,
+        job=op.job,
+        status=target(Event.REOPEN),
+        # Of the life before, what happened when, and the fence, which only grows. Not the
+        # lease: whoever held it might settle once more.
+        fence=0 if record is None else record.fence,
+        created_at=op.now if record is None else record.created_at,
+        started_at=None if record is None else record.started_at,
+        updated_at=op.now,
+        deadline=op.deadline,
+        parent=op.parent,
+        owed=Owed.PUBLISH,
+        nonce=op.nonce,
+        expires_at=op.now + op.ttl,
+    )
+    return reopened, Reopened(reopened.status, True)
 
 
 def _request_cancel(
@@ -156,9 +184,11 @@ def _claim(record: TaskRecord | None, op: Claim) -> tuple[TaskRecord, ClaimAnswe
         if record.lease == op.lease:
             return record, Granted(record.fence, record.crashes)
         # A message for a later attempt: this one was settled, and the store has lost that.
-        crashed = record.attempt == op.attempt
-        if crashed and op.lost_lease != (record.lease or None):
+        overtakes = record.attempt < op.attempt
+        if not overtakes and op.lost_lease != (record.lease or None):
             return record, Held(record.lease)
+        # Who takes a lease of his own again has not died under it.
+        crashed = not overtakes and record.owner != owner_of(op.lease)
         if record.cancel is not None:
             canceled = _canceled(record, record.cancel, now=op.now, ttl=op.ttl)
             return canceled, Ended(canceled.status)
@@ -232,6 +262,8 @@ def _settle(record: TaskRecord | None, op: Settle) -> tuple[TaskRecord | None, S
         reason=op.reason,
         cancel=None,
         owed=op.owed,
+        # Those before this attempt, which took no worker down.
+        crashes=0 if op.event is Event.RETRY else record.crashes,
         ended_at=op.now if status.ended else None,
         expires_at=op.now + op.ttl if status.ended and op.ttl is not None else None,
     )

@@ -35,9 +35,11 @@ __all__ = [
     "dead_letter",
     "guard",
     "park",
+    "postpone",
     "publish_retry",
     "settle",
     "unreadable",
+    "unrecorded",
     "wait_for",
 ]
 
@@ -98,7 +100,9 @@ class Rules:
 
     topology: Topology
     retry: RetryPolicy
-    state_ttl: float
+    state_ttl: float | None
+    """Seconds that an ended state is kept; None: until a copy of the message that is on
+    its way has come by, so that it is not run again."""
 
 
 def settle(
@@ -140,6 +144,12 @@ def settle(
             return (Verdict.REQUEUE,)
 
 
+def postpone(message: Message, lease: Lease, rules: Rules, *, now: float) -> tuple[Effect, ...]:
+    """Return the effects that give back what was claimed, for a moment, unstarted."""
+    write = _writer(message, lease, rules, now)
+    return (write(Event.RELEASE), Publish(park(message, rules.topology)), Verdict.ACK)
+
+
 def publish_retry(
     message: Message, attempt: int, due: float | None, rules: Rules, *, now: float
 ) -> tuple[Effect, ...]:
@@ -158,12 +168,7 @@ def dead_letter(
     message: Message, failure: Failure, worker: str, rules: Rules, *, now: float
 ) -> tuple[Effect, ...]:
     """Return the effects that bring a message to the error queue, then drop it."""
-    why = error_headers(failure, attempt=message.attempt, worker=worker, at=now)
-    publication = Publication(
-        queue=rules.topology.error,
-        body=message.body,
-        headers=fitting({**message.headers(), **why}),
-    )
+    publish, verdict = unrecorded(message, failure, worker, rules.topology, now=now)
     discharge = Discharge(
         task_id=message.task_id,
         owed=Owed.ERROR,
@@ -171,7 +176,17 @@ def dead_letter(
         ttl=rules.state_ttl,
         now=now,
     )
-    return (Publish(publication), MarkPublished(discharge), Verdict.ACK)
+    return (publish, MarkPublished(discharge), verdict)
+
+
+def unrecorded(
+    message: Message, failure: Failure, worker: str, topology: Topology, *, now: float
+) -> tuple[Effect, Effect]:
+    """Return the effects that bring a message to the error queue, and touch no state."""
+    why = error_headers(failure, attempt=message.attempt, worker=worker, at=now)
+    headers = fitting({**message.headers(), **why})
+    letter = Publication(queue=topology.error, body=message.body, headers=headers)
+    return (Publish(letter), Verdict.ACK)
 
 
 def unreadable(

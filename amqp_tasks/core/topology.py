@@ -7,6 +7,7 @@ own name::
     <queue>-delay        holds a message for `delayed_ttl_ms`, then back to <queue>
     <queue>-error        keeps what failed for good, for `errored_ttl_ms`
     <queue>-wait-<ms>    the steps of the ladder: hold a message that long, then back
+    <queue>-beacon-...   of one connection, and gone with it: see `runtime.beacon`
 
 RabbitMQ expires messages at the head of a queue only, so a queue can hold one delay
 and no other: a short wait behind a long one would wait for the long one. Any delay is
@@ -42,10 +43,14 @@ times (the longest excepted)."""
 
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
-    """A durable queue: its name and its arguments as RabbitMQ takes them."""
+    """A queue: its name and its arguments as RabbitMQ takes them.
+
+    Durable, unless it is `exclusive`: then it belongs to one connection, and goes with it.
+    """
 
     name: str
     arguments: Mapping[str, Any]
+    exclusive: bool = False
 
 
 def ladder_step(remaining_ms: float) -> int:
@@ -88,6 +93,20 @@ class Topology:
     def always(self) -> tuple[QueueSpec, ...]:
         """Return the queues to declare on every connection, each before its users."""
         return (self.error, self.main, self.delay)
+
+    def beacon(self, name: str, *, ttl_ms: int) -> tuple[QueueSpec, QueueSpec]:
+        """Return a queue that beacons come back by, and the one that they wait in first."""
+        back = f"{self.queue}-beacon-{name}"
+        arguments = {
+            "x-queue-type": "classic",  # others cannot be exclusive
+            "x-message-ttl": ttl_ms,
+            "x-dead-letter-exchange": self.exchange,
+            "x-dead-letter-routing-key": back,
+        }
+        return (
+            QueueSpec(back, {"x-queue-type": "classic"}, exclusive=True),
+            QueueSpec(f"{self.queue}-beacon-delay-{name}", arguments, exclusive=True),
+        )
 
     def waiting_room(self, wait_ms: float) -> QueueSpec:
         """Return the queue in which a message waits for (the first part of) `wait_ms`."""

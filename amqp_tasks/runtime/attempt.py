@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import Context, ContextVar
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 from pydantic_core import to_json
@@ -40,6 +40,19 @@ class MessageType(StrEnum):
     """The second is one more item of the task's result, a list."""
 
 
+class Slot(Protocol):
+    """The slot of an attempt in its worker, as the task loop sees it."""
+
+    def begin_wait(self) -> None:
+        """Give it away soon: the attempt waits for other tasks, in one more place."""
+
+    def end_wait(self) -> None:
+        """The attempt waits in one place less."""
+
+    async def take(self) -> None:
+        """Return when the attempt has it again, or waits elsewhere and needs none."""
+
+
 class Attempt:
     """The running attempt of a task; `current_attempt` gives it.
 
@@ -69,8 +82,7 @@ class Attempt:
         cancel_scope: anyio.CancelScope,
         limit_reason: CancelReason,
         append: Append,
-        give_slot: Callable[[], Awaitable[None]],
-        take_slot: Callable[[], Awaitable[None]],
+        slot: Slot,
         clock: Callable[[], float],
     ) -> None:
         self.task_id = task_id
@@ -87,9 +99,8 @@ class Attempt:
         self.interrupts = 0
         """How often it had to."""
         self._append = append
-        self._give_slot = give_slot
-        self._take_slot = take_slot
-        self._waiters = 0
+        self._slot = slot
+        self._returning: set[anyio.CancelScope] = set()
         self._clock = clock
 
     def __repr__(self) -> str:
@@ -107,6 +118,8 @@ class Attempt:
         if self.cancel_reason is None:
             self._reason = reason
             self.cancel_scope.cancel()
+            for scope in self._returning:
+                scope.cancel()
 
     def interrupted(self, failure: Failure) -> None:
         """Note that it captured the loop and is interrupted. Also from a signal handler."""
@@ -121,17 +134,25 @@ class Attempt:
         """Let another task have this one's slot in the worker, for as long as the block.
 
         For a task that waits for other tasks: those may need the slot. Leaving the block
-        waits for a slot, unless the task is being cancelled.
+        waits for a slot, whatever ended the wait, because what comes next needs it: only
+        the end of the attempt itself does not wait.
         """
-        self._waiters += 1
-        if self._waiters == 1:
-            await self._give_slot()
+        self._slot.begin_wait()
         try:
             yield
         finally:
-            self._waiters -= 1
-            if self._waiters == 0 and not self.cancel_scope.cancel_called:
-                await self._take_slot()  # noqa: ASYNC102  may be cancelled, and then goes without
+            self._slot.end_wait()
+            await self._return_to_work()  # noqa: ASYNC102  shields itself, within limits
+
+    async def _return_to_work(self) -> None:
+        limit = self.cancel_scope.deadline
+        with anyio.CancelScope(shield=True, deadline=limit) as scope:
+            self._returning.add(scope)
+            try:
+                if self.cancel_reason is None:
+                    await self._slot.take()
+            finally:
+                self._returning.discard(scope)
 
     async def log(self, message: Any) -> None:
         """Append a message (any JSON value) to the task's event log.

@@ -7,6 +7,7 @@ under way an operation leaves at once, and the busier the worker, the larger the
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, TypeVar, cast
@@ -24,6 +25,9 @@ R = TypeVar("R")
 
 MAX_BATCH: Final = 500
 """Operations in one round trip. More gain nothing and make the first ones wait."""
+
+SLOW: Final = 1.0
+"""Seconds after which an answer tells that the store was away."""
 
 
 class _Question:
@@ -46,6 +50,7 @@ class StateClient:
         self._store = store
         self._inbox: Inbox[_Question] = Inbox()
         self._is_running = False
+        self._answers_since = math.inf
 
     async def ask(self, operation: Operation[R]) -> R:
         """Return the store's answer.
@@ -68,6 +73,11 @@ class StateClient:
         for question in questions:
             await question.answered.wait()
         return [question.answer for question in questions]
+
+    @property
+    def answers_for(self) -> float:
+        """Seconds for which the store has answered whatever was asked."""
+        return anyio.current_time() - self._answers_since
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[None, None]:
@@ -95,9 +105,15 @@ class StateClient:
         answers: Sequence[Any] = ()
         with anyio.CancelScope(shield=True):
             try:
+                asked_at = anyio.current_time()
                 answers = await self._store.apply([question.operation for question in questions])
+                answered_at = anyio.current_time()
+                if answered_at - asked_at > SLOW:
+                    self._answers_since = answered_at
+                self._answers_since = min(self._answers_since, answered_at)
             except StateStoreError as error:
                 answers = [error] * len(questions)
+                self._answers_since = math.inf
         for question, answer in zip(questions, answers, strict=True):
             question.reply(answer)
 

@@ -15,10 +15,11 @@ import anyio
 from anyio.abc import TaskStatus
 
 from ..abc import Listener, StateStore
-from ..core.operations import IsAlive, Poll
+from ..core.operations import Poll
 from ..core.outcome import CancelReason
 from ..exceptions import StateStoreError
 from .batching import StateClient
+from .presence import Census
 
 __all__ = ["CancelWatch", "Cancellable"]
 
@@ -47,12 +48,13 @@ class CancelWatch:
         store: StateStore,
         state: StateClient,
         owner: str,
+        census: Census,
         running: Mapping[str, Cancellable],
         interval: float,
     ) -> None:
         self._store = store
         self._state = state
-        self._owner = owner
+        self._census = census
         self._topic = f"cancel:{owner}"
         self._running = running
         self._interval = interval
@@ -86,10 +88,12 @@ class CancelWatch:
 
     async def _look_for_orphans(self) -> None:
         """Cancel the tasks for which nobody waits any more: their parent's process is gone."""
-        owners = {task.parent_owner for task in self._running.values()} - {None, self._owner}
-        asked = [owner for owner in owners if owner is not None]
-        answers = await self._state.ask_all([IsAlive(owner=owner) for owner in asked])
-        gone = {owner for owner, answer in zip(asked, answers, strict=True) if answer is False}
+        owners = {task.parent_owner for task in self._running.values()}
+        try:
+            gone = await self._census.gone({owner for owner in owners if owner is not None})
+        except StateStoreError as error:
+            log.warning("cannot look for parents that are gone: %s", error)
+            return
         for task in list(self._running.values()):
             if task.parent_owner in gone:
                 task.cancel(CancelReason.PARENT)

@@ -11,7 +11,6 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import anyio
@@ -26,7 +25,6 @@ from ..core.operations import (
     Ended,
     Granted,
     Held,
-    IsAlive,
     Owing,
 )
 from ..core.outcome import (
@@ -51,54 +49,33 @@ from ..core.settlement import (
     Verdict,
     WriteState,
     dead_letter,
-    guard,
     park,
+    postpone,
     publish_retry,
     settle,
     unreadable,
+    unrecorded,
     wait_for,
 )
-from ..exceptions import DecodeError, StateStoreUnavailable, UnknownTask
+from ..exceptions import DecodeError, StateCorrupt, StateStoreError, UnknownTask
 from ..registry import TaskDefinition, TaskRegistry
 from ..settings import Settings
 from .executor import Executor, Job
 from .failures import describe, failure_from_text
+from .guards import Guards
 from .io_loop import IoLoop
 from .link import Link, pauses
+from .presence import Census
+from .quarantine import Quarantine
+from .running import Running, RunningSlot
 from .ticket import Ticket
 
-__all__ = ["Consumer", "Running"]
+__all__ = ["Consumer"]
 
 log = logging.getLogger(__name__)
 
 EARLY: Final = 0.005
 """Seconds before its time at which a message counts as due; clocks are not finer."""
-
-
-class Running:
-    """A task that runs here, on the I/O loop's side."""
-
-    def __init__(
-        self,
-        lease: Lease,
-        parent_owner: str | None,
-        cancel: Callable[[str, CancelReason], None],
-    ) -> None:
-        self.lease = lease
-        self.parent_owner = parent_owner
-        self.fence = lease.fence
-        self.ended = anyio.Event()
-        self.outcome: Outcome | None = None
-        self._cancel = cancel
-
-    def cancel(self, reason: CancelReason) -> None:
-        self._cancel(self.lease.id, reason)
-
-    def report(self, outcome: Outcome) -> None:
-        """Note how it ended. The first to say so is believed."""
-        if self.outcome is None:
-            self.outcome = outcome
-            self.ended.set()
 
 
 class Consumer:
@@ -118,16 +95,22 @@ class Consumer:
         settings: Settings,
         *,
         owner: str,
+        census: Census,
         clock: Callable[[], float],
     ) -> None:
         self.running: dict[str, Running] = {}
-        """By task id."""
+        """Attempts, by task id."""
+        self.guards = Guards(link, self.running, settings.guard_after)
+        self._at_work: dict[tuple[str, int], Ticket] = {}
+        """Deliveries that are being dealt with, by task id and attempt: one of each."""
+        self._quarantine = Quarantine(settings.max_crashes)
         self._io = io
         self._link = link
         self._executor = executor
         self._registry = registry
         self._settings = settings
         self._owner = owner
+        self._census = census
         self._clock = clock
         self._numbers = itertools.count(1)
         self._stopping = anyio.Event()
@@ -150,29 +133,56 @@ class Consumer:
         if message.due is not None and message.due > self._clock() + EARLY:
             await self._wait_on(message, delivery)
             return
-        lease_id = f"{self._owner}/{next(self._numbers)}"
-        answer: ClaimAnswer | None
-        if message.task_id in self.running:
+        key = message.task_id, message.attempt
+        original = self._at_work.get(key)
+        if original is not None:
             # Known without asking; and the store, were it emptied, would not know.
-            answer = Held(f"{self._owner}/")
+            original.has_copy = True
+            await self._park(message, delivery)
+        elif self._quarantine.shall_wait(message.task_id):
+            await self._park(message, delivery)
         else:
+            self._at_work[key] = delivery
+            try:
+                await self._deal_with(message, delivery)
+            finally:
+                del self._at_work[key]
+
+    async def _deal_with(self, message: Message, delivery: Ticket) -> None:
+        lease_id = f"{self._owner}/{next(self._numbers)}"
+        try:
             answer = await self._claim(message, lease_id)
+        except StateCorrupt as error:
+            log.error("task %s goes to the error queue: %s", message.task_id, error)
+            failure = describe(error, Reason.CORRUPT_STATE)
+            topology, now = self._link.topology, self._clock()
+            effects = unrecorded(message, failure, self._owner, topology, now=now)
+            await self._carry_out(effects, delivery)
+            return
         match answer:
             case None:
                 delivery.requeue()
             case Granted(fence, crashes):
                 lease = Lease(id=lease_id, fence=fence, worker=self._owner)
-                await self._run_and_settle(message, lease, crashes, delivery)
-            case Held():
-                log.debug("task %s runs on %s: its copy waits", message.task_id, answer.owner)
-                copy = park(message, self._link.topology)
-                await self._link.publish_persistently(copy)
-                delivery.ack()
+                with self._quarantine.place(message.task_id, crashes, delivery) as may_start:
+                    if may_start:
+                        await self._run_and_settle(message, lease, crashes, delivery)
+                    else:
+                        rules, now = self._rules(self._find(message.func)), self._clock()
+                        effects = postpone(message, lease, rules, now=now)
+                        await self._carry_out(effects, delivery)
             case Ended() | Duplicate():
                 log.debug("task %s: nothing left to do (%s)", message.task_id, answer)
                 delivery.ack()
+            case Held():
+                log.debug("task %s runs on %s: its copy waits", message.task_id, answer.owner)
+                await self._park(message, delivery)
             case Owing():
                 await self._carry_out(self._pay(message, answer), delivery)
+
+    async def _park(self, message: Message, delivery: Ticket) -> None:
+        await self._link.publish_persistently(park(message, self._link.topology))
+        delivery.ack()
 
     async def _wait_on(self, message: Message, delivery: Ticket) -> None:
         publication = wait_for(message, self._link.topology, now=self._clock())
@@ -196,8 +206,10 @@ class Consumer:
         while not self._stopping.is_set():
             try:
                 return await self._claim_once(claim)
-            except StateStoreUnavailable as error:
-                log.warning("the state store does not answer, so nothing starts: %s", error)
+            except StateCorrupt:
+                raise
+            except StateStoreError as error:
+                log.warning("the state store does not serve, so nothing starts: %s", error)
                 with anyio.move_on_after(pause()):
                     await self._stopping.wait()
         return None
@@ -205,13 +217,19 @@ class Consumer:
     async def _claim_once(self, claim: Claim) -> ClaimAnswer:
         state = self._link.state
         answer = await state.ask(claim)
-        if not isinstance(answer, Held) or answer.owner == self._owner:
+        if not isinstance(answer, Held | Owing):
             return answer
         # Whether its owner lives is another key, in another slot of a cluster: so it is
-        # asked in a second step, and the claim repeated with what was seen.
-        if await state.ask(IsAlive(owner=answer.owner)):
+        # asked in a second step, and the claim repeated with what was seen. A lease of
+        # this worker's own, for a task that it has nothing to do with, is left over from
+        # a claim that was given up and carried out all the same.
+        own = answer.owner == self._owner
+        if not own and not await self._census.is_gone(answer.owner):
+            return Held(answer.lease)
+        if isinstance(answer, Owing):
             return answer
-        log.warning("task %s: its worker %s is gone", claim.task_id, answer.owner)
+        if not own:
+            log.warning("task %s: its worker %s is gone", claim.task_id, answer.owner)
         return await state.ask(replace(claim, lost_lease=answer.lease, now=self._clock()))
 
     async def _run_and_settle(
@@ -225,6 +243,8 @@ class Consumer:
                 message, lease, definition, delivery
             )
         rules, spread = self._rules(definition), random.uniform(-1, 1)  # noqa: S311
+        if delivery.has_copy:
+            rules = replace(rules, state_ttl=None)
         effects = settle(outcome, message, lease, rules, now=self._clock(), spread=spread)
         _log_outcome(message, outcome, effects)
         await self._carry_out(effects, delivery)
@@ -232,15 +252,14 @@ class Consumer:
     async def _run(
         self, message: Message, lease: Lease, definition: TaskDefinition, ticket: Ticket
     ) -> Outcome:
-        running = Running(lease, message.parent_owner, self._cancel)
+        running = Running(message, lease, ticket, self._cancel)
         job = Job(
             definition=definition,
             message=message,
             lease=lease,
             retry=definition.retry or self._default_retry,
             report=running.report,
-            give_slot=partial(self._give_slot, message, ticket),
-            take_slot=ticket.take_slot,
+            slot=RunningSlot(self.guards, running),
         )
         self.running[message.task_id] = running
         try:
@@ -251,17 +270,6 @@ class Consumer:
                 del self.running[message.task_id]
         assert running.outcome is not None
         return running.outcome
-
-    async def _give_slot(self, message: Message, ticket: Ticket) -> None:
-        """Let others have the slot of a task that waits, and its place at the broker.
-
-        The broker sends no more than it has room for, so a delivery that is merely held
-        stands in the way: a copy keeps the task instead, and the delivery is acked.
-        """
-        if not ticket.is_settled:
-            await self._link.publish_persistently(guard(message, self._link.topology))
-            ticket.ack()
-        ticket.give_slot()
 
     def _cancel(self, lease: str, reason: CancelReason) -> None:
         self._io.post_back(self._executor.cancel, lease, reason)
@@ -287,10 +295,14 @@ class Consumer:
         return None
 
     async def _is_orphan(self, message: Message) -> bool:
-        owner = message.parent_owner
-        if owner is None or owner == self._owner:
-            return False
-        return not await self._link.ask_persistently(IsAlive(owner=owner))
+        owner, pause = message.parent_owner, pauses()
+        while owner is not None:
+            try:
+                return await self._census.is_gone(owner)
+            except StateStoreError as error:
+                log.warning("cannot look whether a parent lives: %s", error)
+                await anyio.sleep(pause())
+        return False
 
     def _find(self, name: str) -> TaskDefinition | UnknownTask:
         try:

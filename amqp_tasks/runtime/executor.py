@@ -34,7 +34,7 @@ from ..core.outcome import (
 from ..core.retry import RetryPolicy
 from ..core.settlement import Lease
 from ..registry import FunctionKind, TaskDefinition
-from .attempt import Attempt, MessageType, set_current_attempt
+from .attempt import Attempt, MessageType, Slot, set_current_attempt
 from .failures import describe
 from .io_loop import Inbox, IoLoop
 from .process import RaisedInProcess, call_in_process
@@ -58,9 +58,8 @@ class Job:
     retry: RetryPolicy
     report: Callable[[Outcome], None]
     """Called on the I/O loop, once, when the attempt has ended."""
-    give_slot: Callable[[], Awaitable[None]]
-    take_slot: Callable[[], Awaitable[None]]
-    """On the I/O loop: let others have the slot of this attempt, and wait for one again."""
+    slot: Slot
+    """On the I/O loop."""
 
 
 class Executor:
@@ -179,8 +178,7 @@ class Executor:
             ),
             limit_reason=limit,
             append=partial(self.append, message.task_id, job.lease.fence),
-            give_slot=partial(self._io.call, job.give_slot),
-            take_slot=partial(self._io.call, job.take_slot),
+            slot=_SlotElsewhere(self._io, job.slot),
             clock=self._clock,
         )
         self._running[job.lease.id] = attempt
@@ -250,6 +248,23 @@ class Executor:
                             item,
                         )
         return results
+
+
+class _SlotElsewhere:
+    """A slot on the I/O loop, used from the task loop."""
+
+    def __init__(self, io: IoLoop, slot: Slot) -> None:
+        self._io = io
+        self._slot = slot
+
+    def begin_wait(self) -> None:
+        self._io.post(self._slot.begin_wait)
+
+    def end_wait(self) -> None:
+        self._io.post(self._slot.end_wait)
+
+    async def take(self) -> None:
+        await self._io.call(self._slot.take)
 
 
 _EXCEEDED = {

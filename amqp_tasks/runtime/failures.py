@@ -7,13 +7,18 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from pydantic_core import from_json
 
 from ..core.message import clean
 from ..core.outcome import Failure, Reason
 
-__all__ = ["describe", "failure_from_text", "single_error"]
+__all__ = ["Edge", "describe", "failure_from_text", "single_error"]
+
+MAX_MESSAGE: Final = 10_000
+MAX_TRACEBACK: Final = 100_000
+"""Characters that are kept of each. What a message holds must not fill logs and states."""
 
 _HERE = str(Path(__file__).parent)
 
@@ -33,7 +38,7 @@ def _dotted(kind: type[BaseException]) -> str:
 
 def _text(error: BaseException) -> str:
     try:
-        return clean(str(error))
+        return _cut(clean(str(error)), MAX_MESSAGE)
     except Exception as broken:
         return f"(its text cannot be had: {type(broken).__name__})"
 
@@ -41,9 +46,17 @@ def _text(error: BaseException) -> str:
 def _traceback(error: BaseException) -> str:
     try:
         lines = traceback.format_exception(type(error), error, _from_task(error.__traceback__))
-        return clean("".join(lines))
+        return _cut(clean("".join(lines)), MAX_TRACEBACK)
     except Exception as broken:
         return f"(its traceback cannot be had: {type(broken).__name__})"
+
+
+def _cut(text: str, limit: int) -> str:
+    """Leave out what is too much of a text, in its middle."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
 
 
 def _from_task(frames: TracebackType | None) -> TracebackType | None:
@@ -66,18 +79,40 @@ def failure_from_text(text: str | None) -> Failure:
     )
 
 
+class Edge:
+    """The public edge of a context manager of ours: within is the block of its user."""
+
+    def __init__(self) -> None:
+        self.theirs: BaseException | None = None
+        """What the block raised."""
+
+    @contextmanager
+    def block(self) -> Generator[None, None, None]:
+        """Hold what the user's block raises apart from what we raise."""
+        try:
+            yield
+        except BaseException as error:  # noqa: ASYNC103  raised again
+            self.theirs = error
+            raise
+
+
 @contextmanager
-def single_error() -> Generator[None, None, None]:
-    """Raise, in place of a group that holds one error, that error.
+def single_error() -> Generator[Edge, None, None]:
+    """Raise, in place of a group of ours that holds one error, that error.
 
     For the public edge: that task groups are at work inside is no business of whoever
-    catches `BrokerUnavailable`.
+    catches `BrokerUnavailable`. A group that the user's block raised stays one.
     """
+    edge = Edge()
     try:
-        yield
+        yield edge
     except BaseExceptionGroup as group:
         only: BaseException = group
-        while isinstance(only, BaseExceptionGroup) and len(only.exceptions) == 1:
+        while (
+            isinstance(only, BaseExceptionGroup)
+            and len(only.exceptions) == 1
+            and only is not edge.theirs
+        ):
             only = only.exceptions[0]
         if only is group:
             raise

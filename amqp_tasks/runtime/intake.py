@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Final
 
 import anyio
 import anyio.lowlevel
@@ -20,6 +21,9 @@ from .ticket import Ticket
 __all__ = ["Intake"]
 
 log = logging.getLogger(__name__)
+
+SHORT_WAIT: Final = 1.0
+"""Seconds for which a delivery may wait for a slot; tasks that end at once are common."""
 
 
 class Intake:
@@ -104,18 +108,32 @@ class Intake:
                 await anyio.sleep(pause())
 
     async def _take_from(self, session: BrokerSession) -> None:
+        """Take deliveries until the consumer ends."""
+        while await self._take_while_free(session):
+            # What is held by copies holds slots and no deliveries, so the broker sends
+            # what cannot start. It may start elsewhere, so it is not held here.
+            await self._slots.acquire()
+            self._slots.release()
+
+    async def _take_while_free(self, session: BrokerSession) -> bool:
+        """Return True when there are no slots, False when the consumer has ended."""
         prefetch = self._settings.max_running_tasks
         async with session.consume(self._link.topology.main.name, prefetch) as deliveries:
             async for delivery in deliveries:
                 # In this order: a slot that waited for a delivery would be kept from the
                 # tasks that want theirs back.
                 try:
-                    await self._slots.acquire()
+                    with anyio.move_on_after(SHORT_WAIT) as patience:
+                        await self._slots.acquire()
                 except BaseException:
                     delivery.requeue()
                     raise
+                if patience.cancelled_caught:
+                    delivery.requeue()
+                    return True
                 self._open += 1
                 self._tasks.start_soon(self._see_through, Ticket(delivery, self._slots))
+        return False
 
     async def _see_through(self, ticket: Ticket) -> None:
         try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -15,9 +16,16 @@ from ..abc import Broker, BrokerSession, StateStore
 from ..core.operations import Operation
 from ..core.settlement import Publication
 from ..core.topology import Topology
-from ..exceptions import BrokerError, BrokerUnavailable, PublishFailed, StateStoreUnavailable
+from ..exceptions import (
+    BrokerError,
+    BrokerUnavailable,
+    PublishFailed,
+    StateCorrupt,
+    StateStoreError,
+)
 from ..settings import Settings
 from .batching import StateClient
+from .beacon import Beacon
 
 __all__ = ["Link", "Servers", "SessionUser", "pauses"]
 
@@ -72,6 +80,7 @@ class Link:
         self.state = state
         self.topology = topology
         self.use_session: SessionUser | None = None
+        self.beacon: Beacon | None = None
         self._settings = settings
         self._session: BrokerSession | None = None
         self._connected = anyio.Event()
@@ -116,13 +125,19 @@ class Link:
                 await anyio.sleep(pause())
 
     async def ask_persistently(self, operation: Operation[R]) -> R:
-        """Ask the state store, again and again until it has answered."""
+        """Ask the state store, again and again until it has answered.
+
+        Raises:
+            StateCorrupt: it never will, for this task.
+        """
         pause = pauses()
         while True:
             try:
                 return await self.state.ask(operation)
-            except StateStoreUnavailable as error:
-                log.warning("the state store does not answer: %s", error)
+            except StateCorrupt:
+                raise
+            except StateStoreError as error:
+                log.warning("the state store does not serve: %s", error)
                 await anyio.sleep(pause())
 
     async def _reconnect(self) -> None:
@@ -131,7 +146,8 @@ class Link:
             await anyio.sleep(pause())
             try:
                 return await self._one_session(anyio.TASK_STATUS_IGNORED)
-            except BrokerUnavailable as error:
+            # Whatever it says: a broker that is starting refuses logins and misses queues.
+            except BrokerError as error:
                 down, limit = anyio.current_time() - lost_at, self._settings.reconnect_timeout
                 if down > limit:
                     raise BrokerUnavailable(
@@ -141,7 +157,7 @@ class Link:
 
     async def _one_session(self, task_status: TaskStatus[None]) -> None:
         async with self.broker.session() as session:
-            await session.declare(self.topology.exchange, self.topology.always())
+            await self._declare(session)
             self._session = session
             self._connected.set()
             task_status.started()
@@ -152,12 +168,33 @@ class Link:
                 self._connected = anyio.Event()
         log.warning("lost the connection to %s: %s", self.broker.address, reason)
 
+    async def _declare(self, session: BrokerSession) -> None:
+        limit = self._settings.connect_timeout
+        try:
+            with anyio.fail_after(limit):
+                await session.declare(self.topology.exchange, self.topology.always())
+        except TimeoutError:
+            raise BrokerUnavailable(
+                f"{self.broker.address} declares no queue within {limit:g} s (connect_timeout)"
+            ) from None
+
     async def _while_open(self, session: BrokerSession) -> str:
-        if self.use_session is None:
-            return await session.wait_closed()
-        reason = ""
+        reasons: list[str] = []
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.use_session, session)
-            reason = await session.wait_closed()
-            tasks.cancel_scope.cancel()
+
+            async def end_after(watch: Callable[[], Awaitable[str]]) -> None:
+                reasons.append(await watch())
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(end_after, session.wait_closed)
+            if self.beacon is not None:
+                tasks.start_soon(end_after, partial(self._watch_beacon, self.beacon, session))
+            if self.use_session is not None:
+                tasks.start_soon(self.use_session, session)
+        return reasons[0]
+
+    async def _watch_beacon(self, beacon: Beacon, session: BrokerSession) -> str:
+        reason = await beacon.watch(session)
+        if self._settings.on_beacon_lost == "exit":
+            raise BrokerUnavailable(f"{self.broker.address}: {reason} (on_beacon_lost=exit)")
         return reason

@@ -74,6 +74,8 @@ class Producer:
         self._ends = EndWatch(store, state)
         self._owner = owner
         self._presence = presence
+        """None as soon as it is there."""
+        self._appearing = anyio.Lock()
         self._services: TaskGroup
         self._clock = clock
 
@@ -91,9 +93,10 @@ class Producer:
 
         Tasks that somebody waits for are canceled when nobody does any more.
         """
-        presence, self._presence = self._presence, None
-        if presence is not None:
-            await self._services.start(presence.run)
+        async with self._appearing:
+            if self._presence is not None:
+                await self._services.start(self._presence.run)
+                self._presence = None
         return self._owner
 
     async def enqueue(self, message: Message) -> None:
@@ -216,32 +219,47 @@ class EndWatch:
         self._store = store
         self._state = state
         self._listener: Listener
-        self._waiting: dict[str, set[anyio.Event]] = {}
+        self._topics: dict[str, _Topic] = {}
+        self._tasks: TaskGroup
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[None, None]:
-        async with self._store.listen() as self._listener, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._hear)
+        async with self._store.listen() as self._listener, anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._hear)
             try:
                 yield
             finally:
-                tasks.cancel_scope.cancel()
+                self._tasks.cancel_scope.cancel()
 
     async def wait(self, task_id: str) -> TaskRecord | None:
         """Return the record of a task when it has ended; None if there is none."""
+        topic = self._topics.get(task_id)
+        if topic is None:
+            topic = self._topics[task_id] = _Topic()
+            self._tasks.start_soon(self._subscribe, task_id, topic)
         ended = anyio.Event()
-        waiting = self._waiting.setdefault(task_id, set())
-        waiting.add(ended)
+        topic.waiting.add(ended)
         try:
-            if len(waiting) == 1:
-                await self._listener.subscribe(f"ended:{task_id}")
+            # Before the first look, so that no end is in between.
+            with anyio.move_on_after(FIRST_LOOK):
+                await topic.subscribed.wait()
             return await self._look_until_ended(task_id, ended)
         finally:
-            waiting.discard(ended)
-            if not waiting and self._waiting.get(task_id) is waiting:
-                del self._waiting[task_id]
-                with anyio.move_on_after(1, shield=True):
-                    await self._listener.unsubscribe(f"ended:{task_id}")
+            topic.waiting.discard(ended)
+            if not topic.waiting:
+                topic.abandoned.set()
+
+    async def _subscribe(self, task_id: str, topic: _Topic) -> None:
+        """Be subscribed for as long as somebody waits, in one task, hence in good order."""
+        while topic.waiting:
+            topic.abandoned = anyio.Event()
+            await self._listener.subscribe(f"ended:{task_id}")
+            topic.subscribed.set()
+            if topic.waiting:
+                await topic.abandoned.wait()
+            topic.subscribed = anyio.Event()
+            await self._listener.unsubscribe(f"ended:{task_id}")
+        del self._topics[task_id]
 
     async def _look_until_ended(self, task_id: str, ended: anyio.Event) -> TaskRecord | None:
         pause = FIRST_LOOK
@@ -254,6 +272,16 @@ class EndWatch:
             pause = min(pause * 2, LONGEST_LOOK)
 
     async def _hear(self) -> None:
-        async for topic, _ in self._listener:
-            for event in self._waiting.get(topic.removeprefix("ended:"), ()):
+        async for name, _ in self._listener:
+            topic = self._topics.get(name.removeprefix("ended:"))
+            for event in topic.waiting if topic is not None else ():
                 event.set()
+
+
+class _Topic:
+    """The end of one task, and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.waiting: set[anyio.Event] = set()
+        self.subscribed = anyio.Event()
+        self.abandoned = anyio.Event()

@@ -28,6 +28,7 @@ from ..core.operations import AppendEvents
 from ..registry import TaskRegistry
 from ..settings import Settings
 from .batching import StateClient
+from .beacon import Beacon
 from .cancellation import CancelWatch
 from .consumer import Consumer
 from .executor import Executor
@@ -35,7 +36,7 @@ from .failures import single_error
 from .intake import Intake
 from .io_loop import IoLoop
 from .link import Link, Servers
-from .presence import Presence, new_incarnation
+from .presence import Census, Presence, new_incarnation
 from .producer import Producer
 from .records import Records
 from .watchdog import open_watchdog
@@ -103,17 +104,23 @@ class _WorkerService:
             presence=None,  # a worker has one anyway
             clock=clock,
         )
-        consumer = Consumer(io, link, executor, registry, settings, owner=self.owner, clock=clock)
+        if settings.beacon_ttl:
+            link.beacon = Beacon(servers.topology, self.owner, settings.beacon_ttl)
+        census = Census(state, self.owner, settings.presence_ttl)
+        consumer = Consumer(
+            io, link, executor, registry, settings, owner=self.owner, census=census, clock=clock
+        )
+        self._guards = consumer.guards
         self._intake = Intake(link, consumer, settings)
         self._watch = CancelWatch(
-            store, state, self.owner, consumer.running, settings.cancel_poll_interval
+            store, state, self.owner, census, consumer.running, settings.cancel_poll_interval
         )
         info: dict[str, object] = {
             "host": platform.node(),
             "pid": os.getpid(),
             "queue": settings.queue,
         }
-        self._presence = Presence(state, self.owner, settings.presence_ttl, info)
+        self._presence = Presence(state, self.owner, settings.presence_ttl, info, census)
         self._stop_called = anyio.Event()
         self.records = Records(state, consumer, self.stop)
 
@@ -145,6 +152,7 @@ class _WorkerService:
                     await lives.start(self._presence.run)
                     await lives.start(self._watch.run)
                     await lives.start(self.records.run)
+                    await lives.start(self._guards.run)
                     await lives.start(self._intake.run)
                     try:
                         await self._serve(task_status)
@@ -182,7 +190,7 @@ async def open_worker(
     clock: Callable[[], float],
 ) -> AsyncGenerator[Worker, None]:
     """Run a worker for as long as the block; leaving the block stops it with its grace."""
-    with single_error():
+    with single_error() as edge:
         # First of all, and left last: it watches while the worker starts and stops, too.
         async with open_watchdog(io, settings) as watchdog:
             executor = Executor(
@@ -209,7 +217,8 @@ async def open_worker(
                 try:
                     async with anyio.create_task_group() as inner:
                         await inner.start(worker.serve)
-                        yield worker
+                        with edge.block():
+                            yield worker
                         worker.stop(settings.shutdown_grace)
                 finally:
                     executor.stop()

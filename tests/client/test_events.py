@@ -9,7 +9,7 @@ from amqp_tasks import NotConnected, RetryPolicy, TaskApp, TaskEvent, TaskNotFou
 from amqp_tasks.core.operations import AppendEvents
 
 from ..runtime import shop
-from ..runtime.harness import ask, memory, record_of, ticks
+from ..runtime.harness import ask, memory, record_of, ticks, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_is_left_over")]
 
@@ -86,7 +86,7 @@ async def test_breaking_out_leaves_nothing_behind(app: TaskApp) -> None:
         async for event in handle.events():
             assert event.kind == "debug"
             break
-        assert topics(app) == set()
+        await until(lambda: topics(app) == set())
         await handle.cancel()
 
 
@@ -101,7 +101,7 @@ async def test_cancelling_the_wait_for_an_event_leaves_nothing_behind(
             tasks.start_soon(anext, handle.events())
             await ticks(count)
             tasks.cancel_scope.cancel()
-        assert topics(app) == set()
+        await until(lambda: topics(app) == set())
         await handle.cancel()
 
 

@@ -27,7 +27,7 @@ from amqp_tasks.core.operations import Operation
 from amqp_tasks.drivers.memory import MemoryStore
 
 from ..runtime import shop
-from ..runtime.harness import MakeApp, memory, now, rewire
+from ..runtime.harness import MakeApp, memory, now, rewire, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_is_left_over")]
 
@@ -152,7 +152,7 @@ async def test_when_nobody_waits_any_more_nothing_is_listened_for(app: TaskApp) 
             with anyio.move_on_after(seconds):
                 await handle.result()
         (listener,) = memory(app)[1]._listeners
-        assert not listener._topics
+        await until(lambda: not listener._topics)
 
 
 async def test_a_result_that_is_there_already_comes_at_once_and_again(app: TaskApp) -> None:

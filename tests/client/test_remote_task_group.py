@@ -304,6 +304,8 @@ async def test_the_child_of_a_parent_that_is_gone_is_canceled_and_never_starts(
     echo = app.task(shop.echo)
     orphan = Message.compose(task_id="orphan", func=echo.name, args=[1], parent_owner="elsewhere")
     async with app.worker():
+        # Who has just come presumes nobody gone.
+        await anyio.sleep(10)
         await publish(app, orphan)
         await until(lambda: "orphan" in memory(app)[1]._records)
         assert await app.handle("orphan").join(timeout=10) is TaskStatus.CANCELED

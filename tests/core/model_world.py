@@ -285,7 +285,11 @@ class World:
         before = self.records.get(job.task_id)
         answer = self.apply(operation)
         after = self.records[job.task_id]
-        if before is not None and after.crashes > before.crashes:
+        if (
+            before is not None
+            and before.status is after.status is TaskStatus.RUNNING
+            and before.lease != after.lease
+        ):
             self.touched.add(job.task_id)
             if before.owner in self.workers:
                 assert before.owner in job.seen_absent, f"{job.task_id} was taken from the living"

@@ -31,6 +31,7 @@ LEGAL = {
     ("retrying", "claim"): "running",
     ("retrying", "fail"): "errored",
     ("retrying", "cancel"): "canceled",
+    ("errored", "reopen"): "scheduled",
 }
 """Written out once more, so that the table cannot change by accident."""
 
@@ -66,8 +67,13 @@ def test_the_table_has_a_row_for_every_status() -> None:
 
 
 @pytest.mark.parametrize("status", TaskStatus)
-def test_ended_states_absorb_and_no_other_does(status: TaskStatus) -> None:
-    assert status.ended == (status in ENDED) == (not TRANSITIONS[status])
+def test_ended_states_absorb_but_for_a_replay_and_no_other_does(status: TaskStatus) -> None:
+    leads_out = TRANSITIONS[status].keys() - {Event.REOPEN}
+    assert status.ended == (status in ENDED) == (not leads_out)
+
+
+def test_what_is_errored_and_nothing_else_can_be_reopened() -> None:
+    assert sources(Event.REOPEN) == {TaskStatus.ERRORED}
 
 
 @pytest.mark.parametrize(("status", "event"), PAIRS)

@@ -76,7 +76,7 @@ def messages(draw: st.DrawFn) -> Message:
     ours = {"func", "args", "kwargs", "task_id"}
     return Message.compose(
         task_id=draw(IDS),
-        func=draw(TEXT.filter(bool)),
+        func=draw(TEXT.filter(lambda text: bool(text) and text.isprintable())),
         args=draw(st.lists(JSON, max_size=4)),
         kwargs=draw(OBJECTS),
         extra={key: value for key, value in draw(OBJECTS).items() if key not in ours},

@@ -29,6 +29,8 @@ from amqp_tasks.core.operations import (
     Granted,
     Held,
     Owing,
+    Reopen,
+    Reopened,
     RequestCancel,
     Revoke,
     Settle,
@@ -37,6 +39,8 @@ from amqp_tasks.core.operations import (
 from amqp_tasks.core.record import Owed, TaskRecord
 from amqp_tasks.core.rules import change
 
+SETTLING = [event for event in Event if event not in (Event.CLAIM, Event.REOPEN)]
+"""The events that a worker settles with."""
 NOW = 1_763_900_000.0
 DAY = 86_400.0
 FENCE = 7
@@ -84,6 +88,11 @@ def cancel(**known: Any) -> RequestCancel:
 
 def revoke(**known: Any) -> Revoke:
     return Revoke(**{"task_id": "t", "nonce": "n", "now": NOW, **known})
+
+
+def reopen(**known: Any) -> Reopen:
+    defaults: dict[str, Any] = {"task_id": "t", "name": "add", "job": "{}", "nonce": "r"}
+    return Reopen(**{**defaults, "now": NOW, **known})
 
 
 def after(before: TaskRecord | None, *operations: Change) -> TaskRecord:
@@ -405,13 +414,13 @@ def test_a_requested_cancel_is_not_forgotten_when_the_attempt_ends_first(
 
 
 @pytest.mark.parametrize("stale", [{"lease": "w2/1"}, {"lease": "w1/2"}, {"fence": FENCE - 1}])
-@pytest.mark.parametrize("event", [event for event in Event if event is not Event.CLAIM])
+@pytest.mark.parametrize("event", SETTLING)
 def test_settle_with_a_stale_lease_writes_nothing(event: Event, stale: dict[str, Any]) -> None:
     before = record()
     assert change(before, settle(event, **stale)) == (before, STALE)
 
 
-@pytest.mark.parametrize("event", [event for event in Event if event is not Event.CLAIM])
+@pytest.mark.parametrize("event", SETTLING)
 @pytest.mark.parametrize("requested", [None, "user"], ids=["", "cancel requested"])
 def test_settle_repeated_answers_as_the_first(event: Event, requested: str | None) -> None:
     attempt = 2 if event is Event.RETRY else 1
@@ -439,6 +448,68 @@ def test_a_state_written_anew_gets_its_job_back_with_the_next_claim() -> None:
     for event, attempt in [(Event.RELEASE, 1), (Event.RETRY, 2)]:
         state = after(None, settle(event, attempt=attempt), claim(attempt=attempt, parent="p"))
         assert (state.job, state.parent) == ("{}", "p")
+
+
+# ------------------------------------------------------------------------- reopen
+
+
+def test_reopen_schedules_an_errored_task_anew_and_keeps_its_fence() -> None:
+    failed = after(
+        record(crashes=2, attempt=4, created_at=NOW - 9, started_at=NOW - 5, parent="p"),
+        settle(Event.FAIL, attempt=4, error='"boom"', reason="timeout", owed=Owed.ERROR),
+    )
+    state, answer = change(failed, reopen(now=NOW + 1, deadline=NOW + 60, ttl=30.0))
+    assert answer == Reopened(S.SCHEDULED, owed=True)
+    assert state == TaskRecord(
+        task_id="t",
+        name="add",
+        job="{}",
+        fence=FENCE,
+        created_at=NOW - 9,
+        started_at=NOW - 5,
+        updated_at=NOW + 1,
+        deadline=NOW + 60,
+        owed=Owed.PUBLISH,
+        nonce="r",
+        expires_at=NOW + 31,
+    )
+    published = after(state, discharge(Owed.PUBLISH))
+    assert (published.owed, published.expires_at) == (None, None)
+    _, granted = change(published, claim(now=0.001))
+    assert granted == Granted(FENCE + 1, 0)
+
+
+def test_reopen_of_what_is_not_known_writes_it_as_a_producer_would() -> None:
+    known: dict[str, Any] = {"nonce": "n", "deadline": NOW + 9, "parent": "p", "ttl": 60.0}
+    state, answer = change(None, reopen(**known))
+    assert answer == Reopened(S.SCHEDULED, owed=True)
+    assert state == after(None, create(**known))
+
+
+@pytest.mark.parametrize("status", sorted(set(S) - {S.ERRORED}))
+def test_reopen_leaves_alone_what_is_not_errored(status: TaskStatus) -> None:
+    before = record(status)
+    assert change(before, reopen()) == (before, Reopened(status, owed=False))
+
+
+def test_reopen_again_says_whether_the_message_is_still_owed() -> None:
+    state = after(record(S.ERRORED), reopen())
+    for other in (reopen(), reopen(nonce="another")):
+        assert change(state, other) == (state, Reopened(S.SCHEDULED, owed=True))
+    published = after(state, discharge(Owed.PUBLISH))
+    assert change(published, reopen()) == (published, Reopened(S.SCHEDULED, owed=False))
+
+
+def test_who_failed_a_task_cannot_settle_it_once_more_when_it_was_reopened() -> None:
+    fail = settle(Event.FAIL, error='"boom"')
+    state = after(record(), fail, reopen())
+    assert change(state, fail) == (state, STALE)
+    assert change(state, discharge(Owed.ERROR)) == (state, None)
+
+
+def test_no_producer_takes_back_what_was_reopened() -> None:
+    state = after(record(S.ERRORED, nonce="n"), reopen())
+    assert change(state, revoke()) == (state, False)
 
 
 # --------------------------------------------------------------------------- laws
@@ -481,7 +552,7 @@ def records(draw: st.DrawFn) -> TaskRecord | None:
 
 SETTLES = st.builds(
     settle,
-    st.sampled_from([event for event in Event if event is not Event.CLAIM]),
+    st.sampled_from(SETTLING),
     lease=LEASES,
     fence=st.integers(0, 3),
     attempt=SMALL,
@@ -499,6 +570,7 @@ OTHERS: list[st.SearchStrategy[Any]] = [
     st.builds(create, nonce=st.sampled_from(["n", "m"]), now=MOMENTS),
     st.builds(discharge, st.sampled_from(Owed), attempt=SMALL, ttl=st.none() | MOMENTS),
     st.builds(revoke, nonce=st.sampled_from(["n", "m"])),
+    st.builds(reopen, nonce=st.sampled_from(["n", "m"]), now=MOMENTS),
     st.builds(cancel, now=MOMENTS),
 ]
 CHANGES: st.SearchStrategy[Change] = st.one_of(CLAIMS, SETTLES, *OTHERS)
@@ -512,6 +584,7 @@ def test_an_operation_is_answered_with_its_own_type_and_spares_its_input(
         Create: Created,
         Discharge: type(None),
         Revoke: bool,
+        Reopen: Reopened,
         RequestCancel: CancelAnswer,
         Claim: (Granted, Held, Ended, Duplicate, Owing),
         Settle: Settled,
@@ -546,7 +619,7 @@ def test_a_fence_never_goes_back_and_grows_with_every_new_lease(
         state, _ = change(before, operation)
         if before is not None and state is not None:
             assert state.fence >= before.fence
-            if state.lease != before.lease:
+            if state.lease not in (before.lease, ""):
                 assert state.fence > before.fence
         before = state
 
@@ -556,6 +629,7 @@ def test_ended_states_keep_everything_but_what_they_owe_and_when_they_expire(
     before: TaskRecord | None, operation: Change
 ) -> None:
     assume(before is not None and before.status.ended)
+    assume(not isinstance(operation, Reopen))  # the one exception
     state, _ = change(before, operation)
     assert before is not None
     assert state is not None

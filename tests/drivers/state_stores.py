@@ -21,6 +21,7 @@ from amqp_tasks.core.operations import (
     Operation,
     Read,
     ReadEvents,
+    Reopen,
     RequestCancel,
     Revoke,
     Settle,
@@ -70,6 +71,10 @@ class Asker:
 
     def revoke(self, task_id: str = "t", nonce: str = "n1") -> Revoke:
         return Revoke(task_id=task_id, nonce=nonce, now=self.clock())
+
+    def reopen(self, task_id: str = "t", **fields: Any) -> Reopen:
+        usual = {"name": "mail.send", "job": "{}", "nonce": "r1", "now": self.clock()}
+        return Reopen(task_id=task_id, **{**usual, **fields})
 
     def request_cancel(self, task_id: str = "t", **fields: Any) -> RequestCancel:
         usual = {"reason": "user", "now": self.clock()}

@@ -11,7 +11,7 @@ import pytest
 
 from amqp_tasks.abc import BrokerSession
 from amqp_tasks.core.topology import QueueSpec
-from amqp_tasks.exceptions import BrokerUnavailable, PublishFailed, QueueMismatch
+from amqp_tasks.exceptions import BrokerRefused, BrokerUnavailable, PublishFailed, QueueMismatch
 
 from ..servers.rabbitmq import rabbit_server  # noqa: F401  fixture
 from .brokers import LIMIT, Rig, choose_backend, choose_case, open_rig, take  # noqa: F401  fixtures
@@ -53,6 +53,47 @@ async def test_argument_that_the_queue_lacks(rig: Rig) -> None:
         await session.declare(rig.topology.exchange, [QueueSpec(spec.name, without)])
         with pytest.raises(QueueMismatch, match=r"x-message-ttl=None.*604800000"):
             await session.declare(rig.topology.exchange, [spec])
+
+
+# ------------------------------------------------------------------------- count
+
+
+async def test_count_is_of_what_is_ready_and_not_of_what_is_out(rig: Rig) -> None:
+    queue = rig.topology.queue
+    async with rig.broker.session() as session, rig.broker.session() as other:
+        await rig.declare(session)
+        assert await session.count(queue) == 0
+        await rig.publish(session, *[b"%d" % number for number in range(5)])
+        assert await session.count(queue) == await other.count(queue) == 5
+        async with session.consume(queue, 2) as deliveries:
+            first, second = await take(deliveries, 2)
+            assert await session.count(queue) == await other.count(queue) == 3
+            first.ack()
+            second.requeue()
+    async with rig.broker.session() as session:
+        assert await session.count(queue) == 4
+
+
+async def test_count_of_no_queue_is_refused_and_harms_nothing(rig: Rig) -> None:
+    async with rig.broker.session() as session:
+        await rig.declare(session)
+        await rig.publish(session, b"1")
+        async with session.consume(rig.topology.queue, 1) as deliveries:
+            (delivery,) = await take(deliveries, 1)
+            with pytest.raises(BrokerRefused, match=f"'{rig.topology.queue}-other'.* no "):
+                await session.count(f"{rig.topology.queue}-other")
+            delivery.ack()
+    async with rig.broker.session() as session:
+        assert await session.count(rig.topology.queue) == 0
+
+
+async def test_count_on_a_lost_session(rig: Rig) -> None:
+    async with rig.broker.session() as session:
+        await rig.declare(session)
+        await rig.drop_connections()
+        await session.wait_closed()
+        with pytest.raises(BrokerUnavailable):
+            await session.count(rig.topology.queue)
 
 
 # ----------------------------------------------------------------------- publish

@@ -21,6 +21,7 @@ from amqp_tasks.core.operations import (
     Owing,
     Poll,
     Polled,
+    Reopened,
 )
 from amqp_tasks.core.record import Owed, TaskRecord
 
@@ -126,6 +127,53 @@ async def test_discharge_leaves_the_expiry_of_an_ended_task(asker: Asker) -> Non
     assert before.owed is Owed.ERROR
     await asker.ask(asker.discharge(owed=Owed.ERROR))
     assert await asker.read() == replace(before, owed=None)
+
+
+async def test_reopen_schedules_anew_what_is_errored(asker: Asker) -> None:
+    fence = await asker.make(TaskStatus.ERRORED)
+    before = await asker.read()
+    op = asker.reopen(name="mail.other", job='{"again": 1}', deadline=1e10 / 3, ttl=60.25)
+    assert await asker.ask(op) == Reopened(TaskStatus.SCHEDULED, owed=True)
+    assert await asker.read() == TaskRecord(
+        task_id="t",
+        name="mail.other",
+        job='{"again": 1}',
+        fence=fence,
+        created_at=before.created_at,
+        started_at=before.started_at,
+        updated_at=op.now,
+        deadline=1e10 / 3,
+        owed=Owed.PUBLISH,
+        nonce="r1",
+        expires_at=op.now + 60.25,
+    )
+    assert await asker.list_ids(status=TaskStatus.SCHEDULED) == ["t"]
+    assert await asker.list_ids(status=TaskStatus.ERRORED) == []
+    # Asked again after a lost answer.
+    assert await asker.ask(op) == Reopened(TaskStatus.SCHEDULED, owed=True)
+    await asker.ask(asker.discharge())
+    assert await asker.ask(op) == Reopened(TaskStatus.SCHEDULED, owed=False)
+    assert (await asker.read()).expires_at is None
+    assert await asker.make_running(lease="w2/1") > fence
+
+
+async def test_reopen_of_what_is_not_there_makes_it(asker: Asker) -> None:
+    op = asker.reopen(parent="p")
+    assert await asker.ask(op) == Reopened(TaskStatus.SCHEDULED, owed=True)
+    record = await asker.read()
+    assert (record.created_at, record.fence, record.parent) == (op.now, 0, "p")
+    assert (record.owed, record.expires_at) == (Owed.PUBLISH, op.now + 3600)
+    assert await asker.list_ids() == ["t"]
+
+
+@pytest.mark.parametrize("status", sorted(set(TaskStatus) - {TaskStatus.ERRORED}))
+async def test_reopen_leaves_the_others_alone(asker: Asker, status: TaskStatus) -> None:
+    await asker.make(status)
+    if status is TaskStatus.SCHEDULED:
+        await asker.ask(asker.discharge())
+    before = await asker.read()
+    assert await asker.ask(asker.reopen()) == Reopened(status, owed=False)
+    assert await asker.read() == before
 
 
 async def test_revoke(asker: Asker) -> None:
@@ -395,7 +443,7 @@ async def test_settle(
     assert await asker.read() == expected
 
 
-@pytest.mark.parametrize("event", sorted(set(Event) - {Event.CLAIM}))
+@pytest.mark.parametrize("event", sorted(set(Event) - {Event.CLAIM, Event.REOPEN}))
 async def test_a_cancel_request_wins_over_going_on(asker: Asker, event: Event) -> None:
     fence = await asker.make(TaskStatus.RUNNING)
     await asker.ask(asker.request_cancel(reason="parent"))

@@ -138,9 +138,10 @@ def rewire(
 
 
 def left_in_queues(app: TaskApp) -> int:
-    """How many messages are ready in any queue, those that wait included."""
+    """How many messages are ready in any queue, those that wait included; no beacons."""
     broker = memory(app)[0]
-    return sum(broker.depth(name) for name in list(broker._queues))
+    queues = list(broker._queues.values())
+    return sum(broker.depth(queue.spec.name) for queue in queues if not queue.spec.exclusive)
 
 
 def depth(app: TaskApp, suffix: str = "") -> int:

@@ -172,6 +172,9 @@ class LapsingSession:
         return getattr(self._session, name)
 
     async def publish(self, exchange: str, publication: Any, timeout: float) -> None:
+        if publication.queue.exclusive:
+            await self._session.publish(exchange, publication, timeout)
+            return
         self._broker.number -= 1
         fails = self._broker.number == 0
         if not fails or self._broker.after:

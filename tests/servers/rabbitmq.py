@@ -61,6 +61,7 @@ class RabbitServer:
         self._folder = folder
         self._started = False
         self._node = f"rabbit-{secrets.token_hex(4)}@localhost"
+        self._cookie = secrets.token_hex(16)
         self._epmd_port = free_port()
         self._prepare(config)
         self._epmd = ServerProcess(
@@ -115,6 +116,14 @@ class RabbitServer:
         self.kill()
         self._process.start()
 
+    def shut_down(self) -> None:
+        """Stop the broker in good order; `start_again` brings it back."""
+        self._process.stop()
+
+    def start_again(self) -> None:
+        """Bring it back after `kill` or `shut_down`, with the data that it had."""
+        self._process.start()
+
     def suspend(self) -> None:
         """SIGSTOP: its sockets stay open, and nobody answers there."""
         self._process.signal(signal.SIGSTOP)
@@ -147,6 +156,25 @@ class RabbitServer:
             raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}:\n{done.stdout}")
         return done.stdout
 
+    def evaluate(self, expression: str) -> str:
+        """Evaluate an Erlang expression in it and return the result. Far faster than `ctl`.
+
+        Raises:
+            RuntimeError: it failed; has what was printed.
+        """
+        done = subprocess.run(
+            ["erl_call", "-sname", self._node, "-c", self._cookie, "-e"],
+            env={**os.environ, **self._addresses()},
+            input=f"{expression}.\n",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+            text=True,
+        )
+        if done.returncode != 0 or not done.stdout.startswith("{ok,"):
+            raise RuntimeError(f"{expression}: {done.stdout}")
+        return done.stdout
+
     def add_vhost(self, name: str, user: str = "guest") -> None:
         """Add a virtual host in which `user` may do everything."""
         self.ctl("add_vhost", name)
@@ -164,7 +192,7 @@ class RabbitServer:
             [library] = _INSTALLED.glob(f"lib/rabbitmq_server-*/plugins/{name}-[0-9]*")
             (libraries / library.name).symlink_to(library)
         cookie = self._folder / ".erlang.cookie"
-        cookie.write_text(secrets.token_hex(16))
+        cookie.write_text(self._cookie)
         cookie.chmod(0o400)  # Erlang refuses one that others can read
         (self._folder / "rabbitmq.conf").write_text("\n".join([*config, ""]))
         (self._folder / "enabled_plugins").write_text("[].\n")

@@ -18,10 +18,12 @@ __all__ = ["RedisServer", "redis_cluster", "redis_server"]
 
 
 class RedisServer:
-    """One ``redis-server``, which keeps nothing on disk.
+    """One ``redis-server``.
 
     Args:
         folder: of its own; is made if need be.
+        persistent: keep on disk what was acknowledged, so that it survives a restart;
+            otherwise nothing does.
         password: what clients have to give.
         cluster_enabled: make it a cluster of one node, which refuses to touch keys of
             several slots in one command or script.
@@ -32,6 +34,7 @@ class RedisServer:
         self,
         folder: Path,
         *,
+        persistent: bool = False,
         password: str | None = None,
         cluster_enabled: bool = False,
         replica_of: RedisServer | None = None,
@@ -45,7 +48,8 @@ class RedisServer:
             "port": str(self.port),
             "dir": str(folder),
             "save": "",
-            "appendonly": "no",
+            "appendonly": "yes" if persistent else "no",
+            "appendfsync": "always",
             "repl-diskless-sync-delay": "0",
         }
         if password is not None:
@@ -71,7 +75,7 @@ class RedisServer:
         self._process.start()
 
     def stop(self) -> None:
-        """Stop it; it forgets everything."""
+        """Stop it; unless it is persistent it forgets everything."""
         self._process.signal(signal.SIGCONT)
         self._process.stop()
 
@@ -79,7 +83,7 @@ class RedisServer:
         self._process.kill()
 
     def restart(self) -> None:
-        """Kill it and start it again, empty, on the same port."""
+        """Kill it and start it again, empty if not persistent, on the same port."""
         self.kill()
         self.start()
 

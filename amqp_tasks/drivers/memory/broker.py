@@ -18,7 +18,7 @@ import anyio.lowlevel
 
 from ...core.settlement import Publication
 from ...core.topology import QueueSpec
-from ...exceptions import BrokerUnavailable, PublishFailed, QueueMismatch
+from ...exceptions import BrokerRefused, BrokerUnavailable, PublishFailed, QueueMismatch
 
 __all__ = ["MemoryBroker"]
 
@@ -145,6 +145,7 @@ class _MemorySession:
     def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
         self._consumers: set[_MemoryConsumer] = set()
+        self._exclusive: set[str] = set()
         self._closed = anyio.Event()
         self._reason = ""
 
@@ -153,6 +154,8 @@ class _MemorySession:
         self._check_open()
         for spec in queues:
             self._broker._declare(spec)
+            if spec.exclusive:
+                self._exclusive.add(spec.name)
 
     async def publish(self, exchange: str, publication: Publication, timeout: float) -> None:
         await anyio.lowlevel.checkpoint()
@@ -177,6 +180,17 @@ class _MemorySession:
         finally:
             consumer.cancel()
 
+    async def count(self, queue: str) -> int:
+        await anyio.lowlevel.checkpoint()
+        self._check_open()
+        if queue not in self._broker._queues:
+            raise BrokerRefused(f"memory://: cannot count queue {queue!r}: there is no such queue")
+        return self._broker.depth(queue)
+
+    async def is_blocked(self) -> bool:
+        await anyio.lowlevel.checkpoint()
+        return False
+
     async def wait_closed(self) -> str:
         await self._closed.wait()
         return self._reason
@@ -186,6 +200,8 @@ class _MemorySession:
             return
         self._reason = reason
         self._broker._sessions.discard(self)
+        for name in self._exclusive:
+            self._broker._queues.pop(name, None)
         for consumer in self._consumers:
             consumer.cancel()
             consumer.give_all_back()

@@ -37,6 +37,7 @@ class RabbitBroker:
         self._address = hide_password(parts._replace(query="", fragment="").geturl())
         self._user = unquote(parts.username or "guest")
         self._connect_timeout = connect_timeout
+        self._careful = False
 
     @property
     def address(self) -> str:
@@ -46,7 +47,7 @@ class RabbitBroker:
     @asynccontextmanager
     async def session(self) -> AsyncGenerator[RabbitSession]:
         """Connect; see `abc.Broker.session`. Leaving takes a few seconds at most."""
-        streams = Streams()
+        streams = Streams(careful=self._careful)
         connection = Connection(self._url, transport_factory=streams)
         link = Link(connection, streams)
         session = RabbitSession(link)
@@ -57,6 +58,7 @@ class RabbitBroker:
                 raise self._refusal(error, streams, connection.vhost) from error
             yield session
         finally:
+            self._careful = self._careful or link.met_unreadable
             await link.close(session.flush)  # noqa: ASYNC102  shields and limits itself
 
     def _refusal(self, error: Exception, streams: Streams, vhost: str) -> BrokerError:

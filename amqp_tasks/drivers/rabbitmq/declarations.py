@@ -36,6 +36,17 @@ class Declarations:
         self._link.check_open(doing)
         await self._link.outcome(self._link.spawn(self._declare(exchange, queues)), doing)
 
+    async def count(self, queue: str) -> int:
+        """Return how many messages of a queue are ready.
+
+        Raises:
+            BrokerRefused: there is no such queue, or not allowed.
+            BrokerUnavailable: the connection was lost.
+        """
+        doing = f"cannot count the messages of queue {queue!r}"
+        self._link.check_open(doing)
+        return await self._link.outcome(self._link.spawn(self._count(queue)), doing)
+
     def has(self, exchange: str, queue: QueueSpec) -> bool:
         """Tell whether this session has declared the queue, with these arguments."""
         return self._done.get((exchange, queue.name)) == queue
@@ -62,6 +73,15 @@ class Declarations:
             if key[0] == exchange and (queue is None or key[1] == queue.name):
                 del self._done[key]
 
+    async def _count(self, queue: str) -> int:
+        # The broker closes the channel if there is no such queue.
+        channel = await self._link.channel(confirms=False)
+        try:
+            found = await channel.queue_declare(queue, passive=True)
+        finally:
+            await channel.close(amqp.ChannelClosed(200, "no longer needed"))
+        return found.message_count or 0
+
     async def _declare(self, exchange: str, queues: Sequence[QueueSpec]) -> None:
         # A channel of their own: the broker answers a declaration that it does not like by
         # closing the channel, and requeues whatever was delivered on it.
@@ -81,9 +101,16 @@ class Declarations:
             raise self._failure(error, "exchange", exchange, ours) from error
 
     async def _declare_queue(self, channel: Channel, exchange: str, queue: QueueSpec) -> None:
-        ours = {"durable": True, "exclusive": False, "auto_delete": False, **queue.arguments}
+        durable = not queue.exclusive
+        ours = {"durable": durable, "exclusive": queue.exclusive, "auto_delete": False}
+        ours |= queue.arguments
         try:
-            await channel.queue_declare(queue.name, durable=True, arguments=dict(queue.arguments))
+            await channel.queue_declare(
+                queue.name,
+                durable=durable,
+                exclusive=queue.exclusive,
+                arguments=dict(queue.arguments),
+            )
             await channel.queue_bind(queue.name, exchange, routing_key=queue.name)
         except Exception as error:
             raise self._failure(error, "queue", queue.name, ours) from error

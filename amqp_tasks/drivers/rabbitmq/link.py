@@ -22,6 +22,9 @@ GOODBYE: Final = 3.0
 """Seconds for closing in good order: last acks, channels, the connection. A broker that
 does not answer is left without a goodbye."""
 
+_UNREADABLE: Final = (amqp.InvalidFrameError, ValueError, ArithmeticError, RecursionError)
+"""What aiormq and pamqp raise when they cannot read a frame."""
+
 _PASSES: Final = 50
 """How often the event loop goes round before a connection counts as closed. aiormq ends its
 last tasks by itself, two or three passes later as seen, and has nothing to wait for."""
@@ -34,12 +37,14 @@ class Link:
         connection: aiormq's.
         lost: set when the connection is gone.
         reason: why, in words; empty until then.
+        met_unreadable: it was lost over something that aiormq could not read.
     """
 
     def __init__(self, connection: Connection, streams: Streams) -> None:
         self.connection = connection
         self.lost = asyncio.Event()
         self.reason = ""
+        self.met_unreadable = False
         self._streams = streams
         self._context = quiet_context()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -148,6 +153,7 @@ class Link:
 
     def _on_closed(self, closing: asyncio.Future[Any]) -> None:
         error = None if closing.cancelled() else closing.exception()
+        self.met_unreadable = isinstance(error, _UNREADABLE)
         if self.connection.is_connection_was_stuck:
             seconds = (self.connection.heartbeat_timeout + 1) * 3
             self._end(f"no sign of life from the broker for {seconds} seconds")

@@ -65,6 +65,14 @@ class RabbitSession:
             with anyio.move_on_after(GOODBYE, shield=True):
                 await consumer.left.wait()
 
+    async def count(self, queue: str) -> int:
+        """See `abc.BrokerSession.count`."""
+        return await self._declarations.count(queue)
+
+    async def is_blocked(self) -> bool:
+        """See `abc.BrokerSession.is_blocked`."""
+        return await self._link.is_blocked()
+
     async def wait_closed(self) -> str:
         """See `abc.BrokerSession.wait_closed`."""
         await self._link.lost.wait()

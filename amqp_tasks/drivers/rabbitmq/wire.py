@@ -12,11 +12,15 @@ from contextvars import Context, ContextVar
 from typing import Any, Final, SupportsIndex
 
 import aiormq
+import pamqp.constants
 import pamqp.encode
 import pamqp.exceptions
 import pamqp.frame
+import pamqp.header
 from aiormq import spec
 from yarl import URL
+
+from ...core.message import UNREADABLE
 
 __all__ = ["Connection", "Properties", "Streams", "quiet_context"]
 
@@ -43,7 +47,8 @@ class Streams(aiormq.TransportFactory):
     With the transport in hand, `abort` ends that at once, and nothing is left open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, careful: bool = False) -> None:
+        self._careful = careful
         self._reader: _Reader | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -59,7 +64,7 @@ class Streams(aiormq.TransportFactory):
         if url.scheme == "amqps":
             context = await kwargs["ssl_context_provider"].get_context()
         loop = asyncio.get_running_loop()
-        reader = _Reader(loop=loop)
+        reader = (_CarefulReader if self._careful else _Reader)(loop=loop)
         transport, protocol = await loop.create_connection(
             lambda: asyncio.StreamReaderProtocol(reader, loop=loop),
             str(url.host),
@@ -110,6 +115,56 @@ class _Reader(asyncio.StreamReader):
         if self.heard is not None and len(self.heard) < 65_536:
             self.heard.extend(data)
         super().feed_data(data)
+
+
+class _CarefulReader(_Reader):
+    """A reader that replaces message headers which pamqp cannot read.
+
+    RabbitMQ takes names that are no UTF-8, times beyond Python's, and any nesting, from
+    anybody. pamqp's error ends the connection, the broker sends the message again, and so
+    on for ever. Reading every header twice costs time, so it is done only once that has
+    happened.
+    """
+
+    def __init__(self, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._parts = 0
+        self._kind = 0
+
+    async def readexactly(self, n: int) -> bytes:
+        # aiormq reads a frame in three parts: its kind, channel and size, and the rest.
+        data = await super().readexactly(n)
+        part, self._parts = self._parts % 3, self._parts + 1
+        if part == 0:
+            self._kind = data[0]
+        elif part == 2 and self._kind == pamqp.constants.FRAME_HEADER:
+            return _readable(data)
+        return data
+
+
+_BEFORE_FLAGS: Final = 12
+_AFTER_FLAGS: Final = 14
+"""Bytes of a content header before its properties: class, weight, size of the body, flags."""
+
+
+def _readable(data: bytes) -> bytes:
+    """Return the rest of a content header's frame, or one of the same size that can be read."""
+    try:
+        pamqp.header.ContentHeader().unmarshal(data[:-1])
+    except Exception as error:
+        # The table of headers with one text in it, which fills the room there is.
+        name = pamqp.encode.short_string(UNREADABLE) + b"S"
+        room = len(data) - 1 - _AFTER_FLAGS - 4 - len(name) - 4
+        if room < 0:  # there can be no header of ours in it
+            return data[:_BEFORE_FLAGS] + bytes(len(data) - 1 - _BEFORE_FLAGS) + data[-1:]
+        reason = repr(error).encode("ascii", "replace")[:room].ljust(room)
+        table = name + struct.pack(">I", room) + reason
+        flags = struct.pack(">H", _HAS_HEADERS)
+        return data[:_BEFORE_FLAGS] + flags + struct.pack(">I", len(table)) + table + data[-1:]
+    return data
+
+
+_HAS_HEADERS: Final = 1 << 13
 
 
 class Properties(spec.Basic.Properties):

@@ -21,6 +21,7 @@ from ...core.operations import (
     Poll,
     Read,
     ReadEvents,
+    Reopen,
     RequestCancel,
     Revoke,
     Settle,
@@ -54,6 +55,7 @@ def _script(name: str) -> _Script:
 _CREATE: Final = _script("create")
 _DISCHARGE: Final = _script("discharge")
 _REVOKE: Final = _script("revoke")
+_REOPEN: Final = _script("reopen")
 _REQUEST_CANCEL: Final = _script("request_cancel")
 _CLAIM: Final = _script("claim")
 _SETTLE: Final = _script("settle")
@@ -65,6 +67,7 @@ LOAD_SCRIPTS: Final = tuple(
         _CREATE,
         _DISCHARGE,
         _REVOKE,
+        _REOPEN,
         _REQUEST_CANCEL,
         _CLAIM,
         _SETTLE,
@@ -111,6 +114,8 @@ class Commands:
                 return self._settle(operation)
             case Create():
                 return self._create(operation)
+            case Reopen():
+                return self._reopen(operation)
             case Discharge() | Revoke() | RequestCancel():
                 return self._small_change(operation)
             case AppendEvents(task_id=task_id, fence=fence, entries=entries):
@@ -137,6 +142,18 @@ class Commands:
             *(b"name", to_bytes(op.name), b"job", to_bytes(op.job)),
             *(b"created_at", now, b"updated_at", now, b"owed", Owed.PUBLISH.encode()),
             *_fields(nonce=op.nonce, due=op.due, deadline=op.deadline, parent=op.parent),
+        )
+
+    def _reopen(self, op: Reopen) -> bytes:
+        now, status = _number(op.now), _TARGET[Event.REOPEN]
+        return self._evalsha(
+            _REOPEN,
+            op.task_id,
+            *(_SOURCES[Event.REOPEN], status, now, _number(op.now + op.ttl)),
+            *(b"status", status, b"attempt", b"1", b"updated_at", now),
+            *(b"name", to_bytes(op.name), b"job", to_bytes(op.job)),
+            *(b"owed", Owed.PUBLISH.encode()),
+            *_fields(nonce=op.nonce, deadline=op.deadline, parent=op.parent),
         )
 
     def _claim(self, op: Claim) -> bytes:
@@ -171,6 +188,7 @@ class Commands:
                 error=op.error,
                 reason=op.reason,
                 owed=op.owed,
+                crashes="0" if op.event is Event.RETRY else None,
                 ended_at=op.now if ended else None,
             ),
         )

@@ -27,7 +27,7 @@ from ...exceptions import (
 )
 from ...settings import hide_password
 
-__all__ = ["CONNECTION_LOST", "Connection", "RedisLink", "Session", "pack"]
+__all__ = ["CONNECTION_LOST", "Connection", "RedisLink", "Session", "pack", "send"]
 
 MAX_CONNECTIONS: Final = 16
 """Whoever needs one more waits. Batches are the rule, so few are used at a time."""
@@ -227,6 +227,19 @@ def _make_pool(url: str, connect_timeout: float) -> _Pool:
     return cast("_Pool", BlockingConnectionPool(**options))
 
 
+async def send(connection: Connection, data: bytes) -> None:
+    """Send packed commands.
+
+    Raises:
+        RedisError, OSError: the connection was lost.
+    """
+    try:
+        await connection.send_packed_command([data])
+    except RuntimeError as error:
+        # uvloop says so of a transport that was closed a moment ago.
+        raise redis_errors.ConnectionError(str(error)) from error
+
+
 class Session:
     """A connection that is ours for a while."""
 
@@ -243,7 +256,7 @@ class Session:
         """
         replies: list[Any] = []
         with anyio.fail_after(self._timeout):
-            await self._connection.send_packed_command([b"".join(commands)])
+            await send(self._connection, b"".join(commands))
             for _ in commands:
                 try:
                     replies.append(await self._connection.read_response())

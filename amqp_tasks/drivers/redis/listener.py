@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 from ...core.retry import RetryPolicy
 from .keys import from_bytes, to_bytes
-from .link import CONNECTION_LOST, Connection, RedisLink, pack
+from .link import CONNECTION_LOST, Connection, RedisLink, pack, send
 
 __all__ = ["RedisListener"]
 
@@ -145,7 +145,7 @@ class RedisListener:
         if connection is None or not connection.is_connected:
             return False
         try:
-            await connection.send_packed_command([command])
+            await send(connection, command)
         except CONNECTION_LOST:
             return False
         return True

@@ -28,6 +28,8 @@ from ...core.operations import (
     Polled,
     Read,
     ReadEvents,
+    Reopen,
+    Reopened,
     RequestCancel,
     Revoke,
     Settle,
@@ -61,7 +63,7 @@ def read_reply(operation: Operation[Any], reply: Any) -> tuple[Any, Touched | No
         ValueError, KeyError, TypeError: what is stored there is not a task's.
     """
     match operation:
-        case Claim() | Settle() | Create() | Discharge() | Revoke() | RequestCancel():
+        case Claim() | Settle() | Create() | Discharge() | Revoke() | Reopen() | RequestCancel():
             before, after, expires_at, *rest = reply
             answer = _change_answer(operation, rest)
             if before is None and after is None:
@@ -88,6 +90,8 @@ def _change_answer(operation: Change, rest: Sequence[Any]) -> Any:
             return None
         case Revoke():
             return bool(rest[0])
+        case Reopen():
+            return Reopened(STATUSES[rest[0]], bool(rest[1]))
         case RequestCancel():
             return CancelAnswer(from_bytes(rest[0]))
 

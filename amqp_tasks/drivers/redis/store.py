@@ -17,7 +17,7 @@ import anyio.lowlevel
 from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
 
 from ...core.operations import ListTasks, Operation
-from ...exceptions import StateStoreError, StateStoreRefused, StateStoreUnavailable
+from ...exceptions import StateCorrupt, StateStoreRefused, StateStoreUnavailable
 from .commands import LOAD_SCRIPTS, Commands
 from .index import TaskIndex
 from .keys import Keys, to_bytes
@@ -148,16 +148,21 @@ class RedisStore:
     def _read(self, operation: Operation[Any], reply: Any) -> tuple[Any, Touched | None]:
         """Return the answer that a reply says, or an exception, and what it says of a task."""
         if isinstance(reply, ResponseError):
+            if "WRONGTYPE" in str(reply):
+                return self._corrupt(operation, reply), None
             return self._explained(reply), None
         try:
             return read_reply(operation, reply)
         except (ValueError, KeyError, TypeError) as error:
-            refusal = StateStoreError(
-                f"Redis at {self.address}: what is stored for task "
-                f"{getattr(operation, 'task_id', '?')!r} is not a task's; use another state_prefix"
-            )
-            refusal.__cause__ = error
-            return refusal, None
+            return self._corrupt(operation, error), None
+
+    def _corrupt(self, operation: Operation[Any], error: Exception) -> StateCorrupt:
+        refusal = StateCorrupt(
+            f"Redis at {self.address}: what is stored for task "
+            f"{getattr(operation, 'task_id', '?')!r} is not a task's; use another state_prefix"
+        )
+        refusal.__cause__ = error
+        return refusal
 
     def _explained(self, reply: Any) -> Any:
         if not isinstance(reply, ResponseError):

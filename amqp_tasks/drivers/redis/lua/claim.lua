@@ -9,6 +9,10 @@ local status, expires_at, attempt = found[1], found[2], found[3]
 local fence, lease, crashes = tonumber(found[4] or 0), found[5] or '', found[6] or '0'
 local requested, owed = found[7], found[8]
 
+local function owner_of(any_lease)
+  return string.match(any_lease, '^(.*)/') or ''
+end
+
 local function refuse(...)
   return {status, status, expires_at, ...}
 end
@@ -45,15 +49,16 @@ if status then
       return refuse('granted', found[4], crashes)
     end
     -- A message for a later attempt: this one was settled, and the store has lost that.
-    local crashed = asked == known
-    if crashed and (lease ~= ARGV[8] or lease == '') then
+    local overtakes = known < asked
+    if not overtakes and (lease ~= ARGV[8] or lease == '') then
       return refuse('held', lease)
     end
     if requested then
       cancel(CANCELED, requested, ARGV[6], ARGV[9], ARGV[10])
       return {status, CANCELED, ARGV[9], 'ended', CANCELED}
     end
-    if crashed then
+    -- Who takes a lease of his own again has not died under it.
+    if not overtakes and owner_of(lease) ~= owner_of(ARGV[5]) then
       crashes = string.format('%.0f', tonumber(crashes) + 1)
     end
   end

@@ -1,0 +1,96 @@
+"""Proof that a connection works both ways.
+
+A beacon is a message that a worker sends to itself: published to a delay queue of its own,
+expired from there into a beacon queue of its own, and consumed. It takes the way that tasks
+take, so when none comes back, the connection is dead, whatever TCP says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from typing import Final
+
+import anyio
+
+from ..abc import BrokerSession, Delivery
+from ..core.settlement import Publication
+from ..core.topology import QueueSpec, Topology
+from ..exceptions import BrokerError, BrokerUnavailable
+
+__all__ = ["Beacon"]
+
+log = logging.getLogger(__name__)
+
+LOST_AFTER: Final = 3
+"""Times the beacons' TTL without one, after which the connection counts as dead."""
+
+
+class Beacon:
+    """Sends beacons and waits for them. `watch` is for one session after the other.
+
+    Args:
+        owner: this worker's incarnation, in the names of its queues.
+        ttl: seconds that a beacon waits in its delay queue, and between two beacons.
+    """
+
+    def __init__(self, topology: Topology, owner: str, ttl: float) -> None:
+        self._topology = topology
+        self._owner = owner
+        self._ttl = ttl
+        self._numbers = itertools.count(1)
+
+    async def watch(self, session: BrokerSession) -> str:
+        """Return why the connection counts as dead, as soon as it does."""
+        name = f"{self._owner}-{next(self._numbers)}"
+        queue, delay = self._topology.beacon(name, ttl_ms=max(1, round(self._ttl * 1000)))
+        try:
+            with anyio.fail_after(LOST_AFTER * self._ttl):
+                await session.declare(self._topology.exchange, [queue, delay])
+        except TimeoutError:
+            return f"no queue for beacons within {LOST_AFTER * self._ttl:g} s"
+        except BrokerError as error:
+            return str(error)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._send, session, delay)
+            reason = await self._receive(session, queue)
+            tasks.cancel_scope.cancel()
+        return reason
+
+    async def _send(self, session: BrokerSession, delay: QueueSpec) -> None:
+        publication = Publication(queue=delay, body=b"", headers={})
+        while True:
+            try:
+                await session.publish(self._topology.exchange, publication, self._ttl)
+            except BrokerError as error:
+                log.debug("a beacon could not be sent: %s", error)
+            await anyio.sleep(self._ttl)
+
+    async def _receive(self, session: BrokerSession, queue: QueueSpec) -> str:
+        try:
+            async with session.consume(queue.name, prefetch=LOST_AFTER) as beacons:
+                while not await self._is_silent(session, beacons):
+                    pass
+        except BrokerError as error:
+            return str(error)
+        return f"no beacon came back for {LOST_AFTER * self._ttl:g} s"
+
+    async def _is_silent(self, session: BrokerSession, beacons: AsyncIterator[Delivery]) -> bool:
+        """Take beacons until none comes; return whether that is to be taken seriously."""
+        began, limit, is_proved = anyio.current_time(), LOST_AFTER * self._ttl, False
+        with anyio.move_on_after(limit) as patience:
+            async for beacon in beacons:
+                beacon.ack()
+                patience.deadline = anyio.current_time() + limit
+                if not is_proved:
+                    is_proved = True
+                    took = anyio.current_time() - began
+                    log.info("beacons come back, the first one in %.1f s", took)
+            raise BrokerUnavailable("the broker has cancelled the consumer of the beacons")
+        if await session.is_blocked():
+            # A broker that takes no messages (memory or disk alarm) lives.
+            log.warning("no beacon for %g s: the broker takes no messages", limit)
+            return False
+        # If this process slept, nobody has listened.
+        return anyio.current_time() - patience.deadline < self._ttl
