@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 10
+SEED ?=
 
 # Most of the time of the tests with servers is waiting. Each process has servers of its own.
 AT_ONCE ?= -n 3 --dist loadfile
@@ -17,11 +19,11 @@ PIP_INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint types clean servers \
+.PHONY: help demo test unit chaos mutations lint types clean servers \
 	lint-rules lint-format lint-cancellation types-mypy types-pyright
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/package-stamp ## run some dozens of tasks in memory; ARGS='--backend trio'
 	@$(VENV)/bin/python examples/demo.py $(ARGS)
@@ -36,6 +38,13 @@ test: $(VENV)/tools-stamp servers ## lint, types and all tests; ARGS='-x -k retr
 
 unit: $(VENV)/tools-stamp ## the tests that need no servers; ARGS as for test
 	@PYTHONPATH=scripts $(IN_VENV) pytest -p no_servers -rfE $(AT_ONCE) $(ARGS)
+
+chaos: $(VENV)/tools-stamp servers ## faults at random under load; MINUTES=10 SEED=n
+	@AMQP_TASKS_CHAOS_MINUTES=$(MINUTES) AMQP_TASKS_CHAOS_SEED=$(SEED) \
+	$(IN_VENV) pytest tests/chaos/test_chaos.py tests/chaos/test_rolling.py $(ARGS)
+
+mutations: $(VENV)/tools-stamp ## deliberate bugs, each of which must be found; ARGS='fence'
+	@$(IN_VENV) tests.mutations $(ARGS)
 
 lint: lint-rules lint-format lint-cancellation ## ruff, and flake8-async for what ruff lacks
 

@@ -183,12 +183,11 @@ def _claim(record: TaskRecord | None, op: Claim) -> tuple[TaskRecord, ClaimAnswe
     if record.status is TaskStatus.RUNNING:
         if record.lease == op.lease:
             return record, Granted(record.fence, record.crashes)
-        # A message for a later attempt: this one was settled, and the store has lost that.
-        overtakes = record.attempt < op.attempt
-        if not overtakes and op.lost_lease != (record.lease or None):
+        if op.lost_lease != (record.lease or None):
             return record, Held(record.lease)
-        # Who takes a lease of his own again has not died under it.
-        crashed = not overtakes and record.owner != owner_of(op.lease)
+        # Who takes a lease of his own again has not died under it; and if there is a message
+        # for a later attempt, this one was settled, and the store has lost that.
+        crashed = record.attempt == op.attempt and record.owner != owner_of(op.lease)
         if record.cancel is not None:
             canceled = _canceled(record, record.cancel, now=op.now, ttl=op.ttl)
             return canceled, Ended(canceled.status)

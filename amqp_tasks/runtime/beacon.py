@@ -52,6 +52,7 @@ class Beacon:
             return f"no queue for beacons within {LOST_AFTER * self._ttl:g} s"
         except BrokerError as error:
             return str(error)
+        reason = ""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._send, session, delay)
             reason = await self._receive(session, queue)

@@ -156,8 +156,8 @@ class Consumer:
             log.error("task %s goes to the error queue: %s", message.task_id, error)
             failure = describe(error, Reason.CORRUPT_STATE)
             topology, now = self._link.topology, self._clock()
-            effects = unrecorded(message, failure, self._owner, topology, now=now)
-            await self._carry_out(effects, delivery)
+            letter = unrecorded(message, failure, self._owner, topology, now=now)
+            await self._carry_out(letter, delivery)
             return
         match answer:
             case None:
@@ -224,7 +224,7 @@ class Consumer:
         # this worker's own, for a task that it has nothing to do with, is left over from
         # a claim that was given up and carried out all the same.
         own = answer.owner == self._owner
-        if not own and not await self._census.is_gone(answer.owner):
+        if self._is_busy_with(claim) if own else not await self._census.is_gone(answer.owner):
             return Held(answer.lease)
         if isinstance(answer, Owing):
             return answer
@@ -232,12 +232,19 @@ class Consumer:
             log.warning("task %s: its worker %s is gone", claim.task_id, answer.owner)
         return await state.ask(replace(claim, lost_lease=answer.lease, now=self._clock()))
 
+    def _is_busy_with(self, claim: Claim) -> bool:
+        """Tell whether this worker deals with another attempt of the same task."""
+        return any(
+            task_id == claim.task_id and attempt != claim.attempt
+            for task_id, attempt in self._at_work
+        )
+
     async def _run_and_settle(
         self, message: Message, lease: Lease, crashes: int, delivery: Ticket
     ) -> None:
         definition = self._find(message.func)
-        if isinstance(definition, UnknownTask):
-            outcome: Outcome = Failed(describe(definition, Reason.UNKNOWN_TASK), may_retry=False)
+        if isinstance(definition, Failure):
+            outcome: Outcome = Failed(definition, may_retry=False)
         else:
             outcome = await self._obstacle(message, crashes) or await self._run(
                 message, lease, definition, delivery
@@ -304,13 +311,15 @@ class Consumer:
                 await anyio.sleep(pause())
         return False
 
-    def _find(self, name: str) -> TaskDefinition | UnknownTask:
+    def _find(self, name: str) -> TaskDefinition | Failure:
         try:
             return self._registry.find(name)
         except UnknownTask as error:
-            return error
+            # Not the error itself, whose traceback holds the message until there is a
+            # garbage collection.
+            return describe(error, Reason.UNKNOWN_TASK)
 
-    def _rules(self, definition: TaskDefinition | UnknownTask) -> Rules:
+    def _rules(self, definition: TaskDefinition | Failure) -> Rules:
         own = definition.retry if isinstance(definition, TaskDefinition) else None
         return Rules(
             topology=self._link.topology,

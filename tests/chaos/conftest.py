@@ -47,7 +47,7 @@ def servers(both_servers: tuple[RabbitServer, RedisServer]) -> Servers:
 def seed() -> int:
     """Printed, for a test that fails to be run again as it was."""
     given = os.environ.get("AMQP_TASKS_CHAOS_SEED")
-    seed = secrets.randbelow(1_000_000) if given is None else int(given)
+    seed = int(given) if given else secrets.randbelow(1_000_000)
     print(f"AMQP_TASKS_CHAOS_SEED={seed}")
     return seed
 

@@ -43,6 +43,7 @@ class Servers:
         self.rabbit = rabbit
         self.redis = redis
         self.queue = name
+        self.queue_type = "quorum"
 
     def settings(self, links: Links | None = None) -> dict[str, Any]:
         """Return where they are, behind `links` or directly."""
@@ -56,6 +57,7 @@ class Servers:
             "exchange": self.queue,
             "queue": self.queue,
             "state_prefix": f"{self.queue}:",
+            "queue_type": self.queue_type,
             "delayed_ttl_ms": "1000",
         }
 

@@ -52,6 +52,9 @@ def test_every_kind_of_fault_once(servers: Servers, tmp_path: Path, seed: int) -
         for fault, hold in faults:
             campaign.inject(FAULTS[fault], rng, hold)
 
+    # Not quorum queues: RabbitMQ 3.10 may leave one that is seconds old without a leader when
+    # it is killed, and then nothing goes on whatever we do.
+    servers.queue_type = "classic"
     with Campaign.begun(servers, tmp_path, seed=seed, longest=3.5) as campaign:
         campaign.inject_in_lanes(
             partial(one_after_the_other, BRIEF, "workers"),

@@ -120,7 +120,7 @@ class Worker:
                 attempt=message.attempt,
                 lease=lease,
                 now=self.clock(),
-                ttl=self.rules.state_ttl,
+                ttl=self.rules.state_ttl or 0.0,
                 lost_lease=lost_lease,
             )
             if not isinstance(answer, Held) or (yield from self.is_alive(answer.owner)):

@@ -684,8 +684,8 @@ def test_a_granted_claim_holds_the_lease_and_takes_it_from_the_dead_only(
     assert state is not None
     assert (state.status, state.lease, state.fence) == (S.RUNNING, operation.lease, answer.fence)
     if before is not None and before.status is S.RUNNING and before.lease != operation.lease:
-        crashed = operation.attempt == before.attempt
-        assert before.lease == operation.lost_lease or not crashed
+        assert before.lease == operation.lost_lease
+        crashed = operation.attempt == before.attempt and before.owner != state.owner
         assert state.crashes == before.crashes + crashed
         assert before.cancel is None
     if before is not None:
@@ -704,6 +704,14 @@ def test_what_waits_or_runs_does_not_expire_and_what_has_ended_does(
     expires = (state.status.ended and not its_message_waits) or unpublished
     assert (state.expires_at is not None) == expires
     assert (state.ended_at is not None) == state.status.ended
+
+
+def test_a_copy_from_before_a_replay_does_not_take_the_task_from_the_living() -> None:
+    """It is for a later attempt than the one that runs, which has begun from the first anew."""
+    assert change(record(attempt=1), claim(attempt=4, lease="w3/1")) == (
+        record(attempt=1),
+        Held("w1/1"),
+    )
 
 
 @pytest.mark.parametrize(

@@ -310,8 +310,9 @@ async def test_the_fence_grows_when_the_clock_does_not(asker: Asker) -> None:
 
 async def test_claim_of_a_later_attempt_than_the_one_that_is_said_to_run(asker: Asker) -> None:
     """The store was set back: what it says of the attempt before was over long ago."""
-    fence = await asker.make_running()
-    answer = await asker.ask(asker.claim(attempt=2, lease="w2/1"))
+    fence = await asker.make_running(lease="w1/1")
+    assert await asker.ask(asker.claim(attempt=2, lease="w2/1")) == Held("w1/1")
+    answer = await asker.ask(asker.claim(attempt=2, lease="w2/1", lost_lease="w1/1"))
     assert isinstance(answer, Granted)
     assert answer.fence > fence
     assert answer.crashes == 0

@@ -48,17 +48,16 @@ if status then
     if lease == ARGV[5] then
       return refuse('granted', found[4], crashes)
     end
-    -- A message for a later attempt: this one was settled, and the store has lost that.
-    local overtakes = known < asked
-    if not overtakes and (lease ~= ARGV[8] or lease == '') then
+    if lease ~= ARGV[8] or lease == '' then
       return refuse('held', lease)
     end
     if requested then
       cancel(CANCELED, requested, ARGV[6], ARGV[9], ARGV[10])
       return {status, CANCELED, ARGV[9], 'ended', CANCELED}
     end
-    -- Who takes a lease of his own again has not died under it.
-    if not overtakes and owner_of(lease) ~= owner_of(ARGV[5]) then
+    -- Who takes a lease of his own again has not died under it; and if there is a message
+    -- for a later attempt, this one was settled, and the store has lost that.
+    if known == asked and owner_of(lease) ~= owner_of(ARGV[5]) then
       crashes = string.format('%.0f', tonumber(crashes) + 1)
     end
   end
