@@ -135,8 +135,8 @@ class Settings(BaseSettings):
     )
     beacon_ttl: _NotNegative = Field(
         5.0,
-        description="Seconds between messages that a worker sends to itself; if none comes back "
-        "for three times as long, the connection is dead. 0 turns them off.",
+        description="Seconds between messages that a worker sends to itself; a connection that "
+        "carries none is replaced within three times as long. 0 turns them off.",
     )
     on_beacon_lost: Literal["reconnect", "exit"] = Field(
         "reconnect", description="What a worker does when no beacon comes back."

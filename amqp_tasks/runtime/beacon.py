@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -23,8 +24,9 @@ __all__ = ["Beacon"]
 
 log = logging.getLogger(__name__)
 
-LOST_AFTER: Final = 3
-"""Times the beacons' TTL without one, after which the connection counts as dead."""
+LOST_AFTER: Final = 2
+"""Times the beacons' TTL without one, after which the connection counts as dead. The last
+one may still have been on its way when it died: that makes three times the TTL."""
 
 
 class Beacon:
@@ -69,17 +71,27 @@ class Beacon:
             await anyio.sleep(self._ttl)
 
     async def _receive(self, session: BrokerSession, queue: QueueSpec) -> str:
+        """Return when none has come back for too long, and there is no excuse for it."""
+        limit, excused_until = LOST_AFTER * self._ttl, -math.inf
         try:
-            async with session.consume(queue.name, prefetch=LOST_AFTER) as beacons:
-                while not await self._is_silent(session, beacons):
-                    pass
+            async with session.consume(queue.name, prefetch=LOST_AFTER + 1) as beacons:
+                while True:
+                    late, is_blocked = await self._take(beacons, limit), await session.is_blocked()
+                    now = anyio.current_time()
+                    if is_blocked:
+                        # A broker that takes no messages (memory or disk alarm) lives.
+                        log.warning("no beacon for %g s: the broker takes no messages", limit)
+                    if is_blocked or late > self._ttl:  # or this process slept
+                        # What was to be sent meanwhile is missing for a while afterwards.
+                        excused_until = now + 2 * limit
+                    elif now > excused_until:
+                        return f"no beacon came back for {limit:g} s"
         except BrokerError as error:
             return str(error)
-        return f"no beacon came back for {LOST_AFTER * self._ttl:g} s"
 
-    async def _is_silent(self, session: BrokerSession, beacons: AsyncIterator[Delivery]) -> bool:
-        """Take beacons until none comes; return whether that is to be taken seriously."""
-        began, limit, is_proved = anyio.current_time(), LOST_AFTER * self._ttl, False
+    async def _take(self, beacons: AsyncIterator[Delivery], limit: float) -> float:
+        """Take beacons until none comes for `limit` seconds; return how late that was seen."""
+        began, is_proved = anyio.current_time(), False
         with anyio.move_on_after(limit) as patience:
             async for beacon in beacons:
                 beacon.ack()
@@ -89,9 +101,4 @@ class Beacon:
                     took = anyio.current_time() - began
                     log.info("beacons come back, the first one in %.1f s", took)
             raise BrokerUnavailable("the broker has cancelled the consumer of the beacons")
-        if await session.is_blocked():
-            # A broker that takes no messages (memory or disk alarm) lives.
-            log.warning("no beacon for %g s: the broker takes no messages", limit)
-            return False
-        # If this process slept, nobody has listened.
-        return anyio.current_time() - patience.deadline < self._ttl
+        return anyio.current_time() - patience.deadline

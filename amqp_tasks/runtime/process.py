@@ -7,12 +7,16 @@ children; nothing from a message is ever unpickled.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import anyio.to_process
@@ -24,6 +28,9 @@ from .attempt import Attempt, set_current_attempt
 from .failures import describe
 
 __all__ = ["RaisedInProcess", "call_in_process"]
+
+PARENT_INTERVAL: Final = 1.0
+"""Seconds between looks whether the worker still lives."""
 
 
 class RaisedInProcess(Exception):  # not an error of ours: the executor unwraps it
@@ -56,6 +63,7 @@ async def call_in_process(
         fence=attempt.fence,
         deadline=attempt.deadline,
         worker=attempt.worker,
+        parent=os.getpid(),
     )
     raised, value = await anyio.to_process.run_sync(
         _run, definition.location, facts, args, kwargs, cancellable=True, limiter=limiter
@@ -76,6 +84,8 @@ class _Facts:
     fence: int
     deadline: float | None
     worker: str
+    parent: int
+    """Process id of the worker."""
 
 
 class _AttemptElsewhere(Attempt):
@@ -111,6 +121,7 @@ def _run(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     set_current_attempt(_AttemptElsewhere(facts))
+    _die_with(facts.parent)
     try:
         module, name = location
         found: Any = getattr(import_module(module), name)
@@ -118,6 +129,19 @@ def _run(
         return False, func(*args, **kwargs)
     except BaseException as error:  # noqa: ASYNC103  there is no event loop here
         return True, (describe(error), _pickled(error))
+
+
+@cache
+def _die_with(parent: int) -> None:
+    """End this process soon after the worker's: nobody waits for what it does, and the task
+    starts again elsewhere."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_INTERVAL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="amqp_tasks parent watch", daemon=True).start()
 
 
 def _pickled(error: BaseException) -> bytes | None:

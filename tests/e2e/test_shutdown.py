@@ -57,6 +57,21 @@ async def test_what_still_runs_is_given_back_uncounted(
         assert (await handle.state()).attempt == 1
 
 
+async def test_a_worker_that_is_killed_takes_its_processes_with_it(
+    app: TaskApp, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    oracle = tmp_path / "oracle"
+    worker = start_worker()
+    async with app.connect():
+        handle = await shop.burns_a_core(str(oracle))
+        [[_, pid]] = await lines(oracle, 1, "start")
+        worker.signal(signal.SIGKILL)
+        with anyio.fail_after(10):
+            while Path(f"/proc/{pid}").exists():
+                await anyio.sleep(0.05)
+        await handle.cancel()
+
+
 async def test_replacing_workers_under_load_loses_and_fails_nothing(
     app: TaskApp, start_worker: StartWorker, tmp_path: Path
 ) -> None:
