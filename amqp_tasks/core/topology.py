@@ -41,6 +41,10 @@ LADDER_MS: Final = (
 times (the longest excepted)."""
 
 
+DELIVERY_LIMIT: Final = 1_000_000
+"""Times that a quorum queue delivers a message; practically no limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
     """A queue: its name and its arguments as RabbitMQ takes them.
@@ -128,6 +132,9 @@ class Topology:
             arguments["x-message-ttl"] = ttl_ms
         if self.queue_type == "quorum":
             arguments["x-queue-type"] = "quorum"
+            # RabbitMQ 4 drops or dead-letters what was delivered 20 times, and giving back
+            # counts. Which tasks take workers down is for the state store to say.
+            arguments["x-delivery-limit"] = DELIVERY_LIMIT
             if dead_letter_to is not None:
                 # Without these two a quorum queue forgets a message before the next
                 # queue has it (RabbitMQ's guide on quorum queues, "at-least-once").

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from amqp_tasks.core.topology import LADDER_MS, QueueSpec, Topology, ladder_step
+from amqp_tasks.core.topology import DELIVERY_LIMIT, LADDER_MS, QueueSpec, Topology, ladder_step
 
 DAY_MS = 86_400_000
 SLACK_MS = LADDER_MS[0]
@@ -50,6 +50,9 @@ def test_each_step_of_the_ladder_has_a_queue_that_holds_a_message_that_long(step
     )
 
 
+ALWAYS_QUORUM = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
+
+
 def test_quorum_queues_that_dead_letter_do_so_at_least_once() -> None:
     same = [
         (CLASSIC.main, QUORUM.main),
@@ -61,13 +64,13 @@ def test_quorum_queues_that_dead_letter_do_so_at_least_once() -> None:
         assert quorum.arguments == {
             **classic.arguments,
             **AT_LEAST_ONCE,
-            "x-queue-type": "quorum",
+            **ALWAYS_QUORUM,
         }
 
 
 def test_the_quorum_error_queue_dead_letters_nowhere() -> None:
     assert QUORUM.error.name == CLASSIC.error.name
-    assert QUORUM.error.arguments == {**CLASSIC.error.arguments, "x-queue-type": "quorum"}
+    assert QUORUM.error.arguments == {**CLASSIC.error.arguments, **ALWAYS_QUORUM}
 
 
 def test_ttls_are_as_configured() -> None:
