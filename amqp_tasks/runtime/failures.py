@@ -96,6 +96,11 @@ class Edge:
             raise
 
 
+def _is_same(group: BaseExceptionGroup[BaseException], error: BaseException | None) -> bool:
+    # Trio makes a new group when it has to look into one.
+    return isinstance(error, BaseExceptionGroup) and group.exceptions == error.exceptions
+
+
 @contextmanager
 def single_error() -> Generator[Edge, None, None]:
     """Raise, in place of a group of ours that holds one error, that error.
@@ -111,7 +116,7 @@ def single_error() -> Generator[Edge, None, None]:
         while (
             isinstance(only, BaseExceptionGroup)
             and len(only.exceptions) == 1
-            and only is not edge.theirs
+            and not _is_same(only, edge.theirs)
         ):
             only = only.exceptions[0]
         if only is group:

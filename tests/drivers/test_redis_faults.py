@@ -18,6 +18,7 @@ from amqp_tasks.core.operations import Beat, Created, Granted, IsAlive, Read
 from amqp_tasks.drivers.redis import RedisStore
 from amqp_tasks.exceptions import (
     SettingsError,
+    StateCorrupt,
     StateStoreError,
     StateStoreRefused,
     StateStoreUnavailable,
@@ -202,7 +203,7 @@ async def test_somebody_elses_keys(asker: Asker, server: RedisServer) -> None:
         ]
     )
     for answer in (string, a_hash, odd):
-        assert type(answer) is StateStoreError
+        assert type(answer) is StateCorrupt
         check_text(answer, f"127.0.0.1:{server.port}")
     assert new == Created(new=True, owed=True)
 

@@ -223,6 +223,8 @@ async def test_letters_of_several_pages_are_given_back_in_their_order(
     app: TaskApp, rabbit_server: RabbitServer, queue_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime_errors, "PAGE", 40)
+    # As small beside a page as it is: what is read ahead is held as well.
+    monkeypatch.setattr(runtime_errors, "BATCH", 4)
     monkeypatch.setattr(runtime_errors, "MAX_HELD", 120)
     monkeypatch.setenv("AMQP_TASKS_QUEUE_TYPE", queue_type)
     app.configure()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -26,6 +26,10 @@ from .listener import RedisListener
 from .replies import Touched, read_reply
 
 __all__ = ["RedisStore"]
+
+
+_CORRUPT: Final = ("WRONGTYPE", "attempt to ")
+"""In what Redis says of a key of another type, and Lua of a field that is missing."""
 
 
 class RedisStore:
@@ -148,7 +152,7 @@ class RedisStore:
     def _read(self, operation: Operation[Any], reply: Any) -> tuple[Any, Touched | None]:
         """Return the answer that a reply says, or an exception, and what it says of a task."""
         if isinstance(reply, ResponseError):
-            if "WRONGTYPE" in str(reply):
+            if any(sign in str(reply) for sign in _CORRUPT):
                 return self._corrupt(operation, reply), None
             return self._explained(reply), None
         try:
