@@ -72,7 +72,6 @@ def test_a_task_that_kills_its_workers_is_given_up_and_its_neighbours_are_not(
         dead = [post for post in fleet.posts if post.has_ended()]
         assert len(dead) == CRASHES
     starts = Counter(line.task_id for line in oracle.lines() if line.word == "start")
-    ends = Counter(line.task_id for line in oracle.lines() if line.word == "end")
     print(starts, crashes_of(servers, neighbours), sep="\n")
     assert starts[poison] == CRASHES
     assert states[poison].status is TaskStatus.ERRORED
@@ -83,7 +82,8 @@ def test_a_task_that_kills_its_workers_is_given_up_and_its_neighbours_are_not(
     (letter,) = Amqp(servers.rabbit).drain(f"{servers.queue}-error", 1)
     assert letter.headers["error-reason"] == "crashed_worker"
     for task, crashes in crashes_of(servers, neighbours).items():
-        assert crashes <= starts[task] - ends[task], f"{task} is blamed without having started"
+        # One start was settled; of the others each may have been on a worker that died.
+        assert crashes < starts[task], f"{task} is blamed without having started"
 
 
 def crashes_of(servers: Servers, task_ids: list[str]) -> dict[str, int]:
