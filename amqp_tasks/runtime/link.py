@@ -166,7 +166,8 @@ class Link:
             finally:
                 self._session = None
                 self._connected = anyio.Event()
-        log.warning("lost the connection to %s: %s", self.broker.address, reason)
+            # Before the session is closed, which takes seconds if nobody answers.
+            log.warning("lost the connection to %s: %s", self.broker.address, reason)
 
     async def _declare(self, session: BrokerSession) -> None:
         limit = self._settings.connect_timeout
