@@ -2,8 +2,8 @@
 
 ``python -m tests.mutations`` applies one bug after the other to a copy of the package in a
 temporary folder, and runs there the machine of `tests/runtime/machine` and then, should that
-notice nothing, the model of `tests/core`. It ends with 1 if a bug is not found, or cannot be
-applied any more. The work tree is not touched.
+notice nothing, the model of `tests/core`, and last some tests by example. It ends with 1 if a
+bug is not found, or cannot be applied any more. The work tree is not touched.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ COPIED: Final = ("amqp_tasks", "tests", "pyproject.toml")
 SUITES: Final = {
     "machine": ["tests/runtime/machine", "-k", "asyncio"],
     "model": ["tests/core/test_settlement_model.py", "-k", "not with_a_fault"],
+    "examples": ["tests/runtime/test_shutdown.py", "-k", "asyncio"],
 }
 """What is to find the bugs, the first that does so is named: arguments for pytest."""
 EXAMPLES: Final = 200
