@@ -69,8 +69,8 @@ class Guards:
         ticket = task.ticket
         if ticket.is_settled:
             ticket.give_slot_if_waiting()
-        elif not ticket.has_copy:
-            ticket.has_copy = True
+        elif not ticket.is_guarded:
+            ticket.is_guarded = ticket.has_copy = True
             self._tasks.start_soon(self._publish, task)
 
     async def _publish(self, task: Guarded) -> None:

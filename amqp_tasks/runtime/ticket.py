@@ -25,11 +25,13 @@ class Ticket:
     Attributes:
         is_settled: the delivery has its verdict.
         has_copy: a copy of the message is on its way, or about to be.
+        is_guarded: one that was made to take the delivery's place is.
     """
 
     def __init__(self, delivery: Delivery, slots: anyio.Semaphore) -> None:
         self.is_settled = False
         self.has_copy = False
+        self.is_guarded = False
         self._delivery = delivery
         self._slots = slots
         self._since = anyio.current_time()
