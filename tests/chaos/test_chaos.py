@@ -63,7 +63,7 @@ def test_every_kind_of_fault_once(servers: Servers, tmp_path: Path, seed: int) -
         campaign.wait_until_all_work()
         counted = campaign.settle()
     print(counted, dict(campaign.load.errors), sep="\n")
-    assert counted.recorded == counted.accepted > 500
+    assert counted.recorded == counted.accepted > 100
 
 
 def test_as_long_as_wanted(

@@ -92,7 +92,7 @@ def messages(draw: st.DrawFn) -> Message:
 
 
 def is_foreign(key: str) -> bool:
-    return not key.startswith(("task-", "error-", "x-"))
+    return not key.startswith(("task-", "error-", "x-")) and key not in ("CC", "BCC")
 
 
 def decoded(body: bytes, headers: dict[str, Any] | None = None) -> Message | DecodeError:
