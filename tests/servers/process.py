@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["ServerProcess", "free_port"]
@@ -69,10 +69,15 @@ class ServerProcess:
             time.sleep(0.05)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and all that it has started."""
+        """Send a signal to the process and all that it has started.
+
+        After SIGSTOP it returns when their last thread stands still, which takes a moment.
+        """
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+        while number == signal.SIGSTOP and set(_states_of_group(self._process.pid)) - set("TtZX"):
+            time.sleep(0.005)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -88,3 +93,16 @@ class ServerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
         self.kill()
+
+
+def _states_of_group(group: int) -> Iterator[str]:
+    """The state of each thread of a process group, as the kernel's one letter."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if int(_after_name(stat)[2]) == group:
+                for thread in (stat.parent / "task").glob("*/stat"):
+                    yield _after_name(thread)[0]
+
+
+def _after_name(stat: Path) -> list[str]:
+    return stat.read_text().rpartition(")")[2].split()
