@@ -106,12 +106,15 @@ class Discharge(Operation[None]):
 class Revoke(Operation[bool]):
     """Take a new task back: its first message certainly is not in the queue.
 
-    False if it is not the task that the producer with this nonce has made, or has gone on.
+    With an `error`, JSON text, the task is kept for `ttl` seconds, as errored. False if it is
+    not the task that the producer with this nonce has made, or has gone on.
     """
 
     task_id: str
     nonce: str
     now: float
+    error: str | None = None
+    ttl: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

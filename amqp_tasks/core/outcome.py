@@ -57,6 +57,8 @@ class Reason(StrEnum):
     """The task returned what cannot be written as JSON."""
     CORRUPT_STATE = "corrupt_state"
     """What the state store keeps under the task's id is not a task's state."""
+    NOT_QUEUED = "not_queued"
+    """It never came into the queue; its producer wished to have that on record."""
     CRASHED_WORKER = "crashed_worker"
     """Its worker died under it, `max_crashes` times."""
 

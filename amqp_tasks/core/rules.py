@@ -37,6 +37,7 @@ from .operations import (
     Settle,
     Settled,
 )
+from .outcome import Reason
 from .record import Owed, TaskRecord, owner_of
 
 __all__ = ["change"]
@@ -100,13 +101,25 @@ def _discharge(record: TaskRecord | None, op: Discharge) -> tuple[TaskRecord | N
 def _revoke(record: TaskRecord | None, op: Revoke) -> tuple[TaskRecord | None, bool]:
     if record is None:
         return None, True
-    if (
-        record.status is TaskStatus.SCHEDULED
-        and record.owed is Owed.PUBLISH
-        and record.nonce == op.nonce
-    ):
-        return None, True
+    if record.nonce == op.nonce:
+        if record.status is TaskStatus.SCHEDULED and record.owed is Owed.PUBLISH:
+            return (None if op.error is None else _never_queued(record, op)), True
+        if record.reason == Reason.NOT_QUEUED and op.error is not None:
+            return record, True
     return record, False
+
+
+def _never_queued(record: TaskRecord, op: Revoke) -> TaskRecord:
+    return replace(
+        record,
+        status=advance(record.status, Event.FAIL),
+        error=op.error,
+        reason=Reason.NOT_QUEUED,
+        owed=None,
+        updated_at=op.now,
+        ended_at=op.now,
+        expires_at=op.now + op.ttl,
+    )
 
 
 def _reopen(record: TaskRecord | None, op: Reopen) -> tuple[TaskRecord, Reopened]:

@@ -191,6 +191,18 @@ def test_revoke_leaves_alone_what_others_know_of(before: TaskRecord) -> None:
     assert change(before, revoke()) == (before, False)
 
 
+def test_revoke_with_an_error_keeps_the_task_as_errored() -> None:
+    gone = {"error": "{}", "ttl": 60.0}
+    kept, answer = change(after(None, create()), revoke(**gone))
+    assert isinstance(kept, TaskRecord)
+    assert answer is True
+    assert (kept.status, kept.reason, kept.error) == (TaskStatus.ERRORED, "not_queued", "{}")
+    assert (kept.owed, kept.expires_at) == (None, NOW + 60)
+    assert change(kept, revoke(**gone)) == (kept, True)
+    assert change(kept, revoke(nonce="other", **gone)) == (kept, False)
+    assert change(kept, revoke()) == (kept, False)
+
+
 def test_revoke_repeated_answers_as_the_first() -> None:
     gone, first = change(after(None, create()), revoke())
     assert change(gone, revoke()) == (gone, first)
@@ -569,7 +581,7 @@ CLAIMS = st.builds(
 OTHERS: list[st.SearchStrategy[Any]] = [
     st.builds(create, nonce=st.sampled_from(["n", "m"]), now=MOMENTS),
     st.builds(discharge, st.sampled_from(Owed), attempt=SMALL, ttl=st.none() | MOMENTS),
-    st.builds(revoke, nonce=st.sampled_from(["n", "m"])),
+    st.builds(revoke, nonce=st.sampled_from(["n", "m"]), error=st.none() | st.just("{}")),
     st.builds(reopen, nonce=st.sampled_from(["n", "m"]), now=MOMENTS),
     st.builds(cancel, now=MOMENTS),
 ]

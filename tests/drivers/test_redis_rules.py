@@ -128,7 +128,8 @@ def discharges(draw: st.DrawFn, task_id: str) -> Step:
 @st.composite
 def revokes(draw: st.DrawFn, task_id: str) -> Step:
     nonce = draw(st.sampled_from(["n1", "n2", ""]))
-    return lambda _, now: Revoke(task_id=task_id, nonce=nonce, now=now)
+    error, ttl = draw(st.none() | texts), draw(ttls)
+    return lambda _, now: Revoke(task_id=task_id, nonce=nonce, now=now, error=error, ttl=ttl)
 
 
 @st.composite

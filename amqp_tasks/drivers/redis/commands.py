@@ -26,6 +26,7 @@ from ...core.operations import (
     Revoke,
     Settle,
 )
+from ...core.outcome import Reason
 from ...core.record import Owed
 from .keys import Keys, to_bytes
 from .link import pack
@@ -199,8 +200,15 @@ class Commands:
                 until = b"" if ttl is None else _number(op.now + ttl)
                 arguments = (owed.encode(), b"%d" % attempt, until, _ENDED)
                 return self._evalsha(_DISCHARGE, op.task_id, *arguments)
-            case Revoke(nonce=nonce):
-                return self._evalsha(_REVOKE, op.task_id, _SCHEDULED, to_bytes(nonce))
+            case Revoke(nonce=nonce, error=error, now=now, ttl=ttl):
+                kept: tuple[bytes, ...] = ()
+                if error is not None:
+                    kept = (
+                        *(_TARGET[Event.FAIL], Reason.NOT_QUEUED.encode(), _number(now + ttl)),
+                        self._keys.ended(op.task_id),
+                        *_fields(error=error, updated_at=now, ended_at=now),
+                    )
+                return self._evalsha(_REVOKE, op.task_id, _SCHEDULED, to_bytes(nonce), *kept)
             case RequestCancel(reason=reason, now=now):
                 return self._evalsha(
                     _REQUEST_CANCEL,
