@@ -34,6 +34,7 @@ from .exceptions import (
     DefinitionError,
     DuplicateTask,
     LoopBlocked,
+    NoRetry,
     NotConnected,
     PublishFailed,
     QueueMismatch,
@@ -50,6 +51,7 @@ from .exceptions import (
 )
 from .runtime.attempt import Attempt, MessageType, current_attempt
 from .runtime.errors import Replayed
+from .runtime.executor import Middleware
 from .runtime.worker import Worker
 from .settings import Settings
 
@@ -69,6 +71,8 @@ __all__ = [
     "ErrorQueue",
     "LoopBlocked",
     "MessageType",
+    "Middleware",
+    "NoRetry",
     "NotConnected",
     "PublishFailed",
     "QueueMismatch",

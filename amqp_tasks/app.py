@@ -36,6 +36,7 @@ from .drivers.redis import RedisStore
 from .exceptions import ArgumentsError, NotConnected
 from .registry import TaskDefinition, TaskRegistry
 from .runtime.attempt import attempt_or_none
+from .runtime.executor import Middleware
 from .runtime.io_loop import IoLoop, SameLoop, open_io_thread
 from .runtime.link import Servers
 from .runtime.worker import Worker, open_worker
@@ -63,6 +64,10 @@ class TaskApp:
 
     Args:
         clock: returns seconds since the epoch; for tests under a virtual clock.
+        find: returns the function, or task, that a message calls by a name which is not
+            registered here; None if there is none. Called in any thread; it decides what
+            messages may run, so it must refuse whatever it was not told to serve.
+        middleware: runs around each attempt, the outermost first; see `Middleware`.
         settings: any field of `Settings`. The environment (``AMQP_TASKS_<NAME>``) wins
             over what is given here.
 
@@ -70,8 +75,16 @@ class TaskApp:
         SettingsError: a setting is wrong; names it.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.time, **settings: Any) -> None:
-        self.tasks = TaskRegistry()
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        find: Callable[[str], Callable[..., Any] | None] | None = None,
+        middleware: Sequence[Middleware] = (),
+        **settings: Any,
+    ) -> None:
+        self.tasks = TaskRegistry(find)
+        self._middleware = tuple(middleware)
         self._clock = clock
         self._keywords = settings
         self._flags: dict[str, Any] = {}
@@ -234,7 +247,7 @@ class TaskApp:
             parent=None if attempt is None else attempt.task_id,
             parent_owner=parent_owner,
         )
-        await client.enqueue(message)
+        await client.enqueue(message, options.keep_unqueued)
         return TaskHandle(message.task_id, self._client, task.signature.decode_result)
 
     @asynccontextmanager
@@ -339,6 +352,7 @@ class TaskApp:
                 self._servers("amqp_tasks worker"),
                 self.tasks,
                 self.settings,
+                middleware=self._middleware,
                 clock=self._clock,
             ) as worker,
         ):

@@ -20,6 +20,7 @@ __all__ = [
     "DuplicateTask",
     "IllegalTransition",
     "LoopBlocked",
+    "NoRetry",
     "NotConnected",
     "PublishFailed",
     "QueueMismatch",
@@ -61,6 +62,13 @@ class UnknownTask(AmqpTasksError):
 
 class AppNotFound(AmqpTasksError):
     """Raised when ``module:attribute`` does not lead to a `TaskApp`."""
+
+
+class NoRetry(AmqpTasksError):
+    """Raised in a task, by its author, to fail for good, whatever its retry policy says.
+
+    Raise it, or a class of your own that derives from it, where trying again is futile.
+    """
 
 
 class NotConnected(AmqpTasksError):

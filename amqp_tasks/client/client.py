@@ -35,8 +35,8 @@ class Client:
         self._io = io
         self._producer = producer
 
-    async def enqueue(self, message: Message) -> None:
-        await self._io.call(self._producer.enqueue, message)
+    async def enqueue(self, message: Message, keep_unqueued: bool = False) -> None:
+        await self._io.call(self._producer.enqueue, message, keep_unqueued)
 
     async def read(self, task_id: str) -> TaskRecord:
         return await self._io.call(self._producer.read, task_id)
@@ -46,6 +46,9 @@ class Client:
 
     async def cancel(self, task_id: str, reason: CancelReason = CancelReason.USER) -> bool:
         return await self._io.call(self._producer.cancel, task_id, reason)
+
+    async def retry(self, task_id: str) -> bool:
+        return await self._io.call(self._producer.retry, task_id)
 
     async def be_present(self) -> str:
         return await self._io.call(self._producer.be_present)
@@ -73,6 +76,7 @@ class _ClientService:
             self._state,
             owner=owner,
             presence=Presence(self._state, owner, settings.presence_ttl, {"role": "producer"}),
+            state_ttl=settings.state_ttl,
             clock=clock,
         )
 

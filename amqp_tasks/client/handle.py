@@ -130,6 +130,22 @@ class TaskHandle(Generic[R_co]):
         """
         return await self._client().cancel(self.task_id)
 
+    async def retry(self) -> bool:
+        """Start an errored task anew, with its first attempt.
+
+        Like replaying its letter of the error queue, which is of no more use then and is
+        removed when somebody replays it. A deadline is dropped if it is over, and what its
+        message said beside the call (a timeout of its own) is not known any more.
+
+        Returns:
+            False if the task is not errored, and stays as it is.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+            PublishFailed, StateStoreError: it may not have been queued; calling again is safe.
+        """
+        return await self._client().retry(self.task_id)
+
     def events(self, after: str | None = None) -> TaskEvents:
         """Iterate over the task's event log, as it grows, until the task has ended.
 

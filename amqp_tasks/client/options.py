@@ -18,6 +18,8 @@ from ..registry import TaskDefinition
 
 __all__ = ["CallOptions"]
 
+_OF_THE_CALL = {"func", "args", "kwargs", "task_id"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallOptions:
@@ -36,6 +38,13 @@ class CallOptions:
     """Seconds from now before which the task is not started."""
     eta: datetime | None = None
     """The time before which the task is not started."""
+    extra: Mapping[str, Any] | None = None
+    """Members of the message's body beside the call itself, values that JSON has; the task
+    finds them in ``current_attempt().extra``."""
+    keep_unqueued: bool = False
+    """Whether the state of a task that certainly could not be queued is kept, as errored
+    with the reason ``not_queued``. For calls that nobody could repeat; otherwise the state
+    is taken back."""
 
     def updated(self, **given: Any) -> CallOptions:
         """Return these options with those of `given` that are not None."""
@@ -63,6 +72,7 @@ class CallOptions:
         """
         plain_args, plain_kwargs = task.signature.encode_arguments(args, kwargs)
         return Message.compose(
+            extra=self._extra(),
             task_id=uuid4().hex if self.task_id is None else check_task_id(self.task_id),
             func=task.name,
             args=plain_args,
@@ -73,6 +83,18 @@ class CallOptions:
             parent=parent,
             parent_owner=parent_owner,
         )
+
+    def _extra(self) -> Mapping[str, Any]:
+        extra = {} if self.extra is None else self.extra
+        if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
+            raise ArgumentsError(f"extra={extra!r:.200}: must be a mapping with texts as keys")
+        taken = sorted(_OF_THE_CALL & extra.keys())
+        if taken:
+            raise ArgumentsError(
+                f"extra={extra!r:.200}: {', '.join(taken)} belongs to the call itself; use another "
+                "key"
+            )
+        return extra
 
     def _deadline(self, now: float) -> float | None:
         deadline = check_instant(self.deadline, "deadline")

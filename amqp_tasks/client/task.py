@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import datetime
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
@@ -31,6 +31,9 @@ class Scheduler(Protocol):
 
 class Task(TaskDefinition, Generic[P, R]):
     """A function whose calls are queued: ``handle = await task(...)``.
+
+    `TaskApp.task` makes one and registers it. ``Task(func, app)`` makes one that a worker
+    finds by the function's dotted name (`serve`, or the app's `find`).
 
     ``task.func(...)`` calls the function itself, here and now.
     """
@@ -77,6 +80,8 @@ class Task(TaskDefinition, Generic[P, R]):
         inherit_deadline: bool | None = None,
         countdown: float | None = None,
         eta: datetime | None = None,
+        extra: Mapping[str, Any] | None = None,
+        keep_unqueued: bool | None = None,
     ) -> Task[P, R]:
         """Return the same task with options for its calls: ``task.options(...)(...)``.
 
@@ -91,5 +96,7 @@ class Task(TaskDefinition, Generic[P, R]):
             inherit_deadline=inherit_deadline,
             countdown=countdown,
             eta=eta,
+            extra=extra,
+            keep_unqueued=keep_unqueued,
         )
         return other

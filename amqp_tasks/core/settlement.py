@@ -33,6 +33,7 @@ __all__ = [
     "Verdict",
     "WriteState",
     "dead_letter",
+    "error_text",
     "guard",
     "park",
     "postpone",
@@ -125,7 +126,7 @@ def settle(
         case Succeeded(result):
             return (write(Event.SUCCEED, result=result), Verdict.ACK)
         case Failed(failure, may_retry):
-            error = _error_text(failure, message, lease)
+            error = error_text(failure, attempt=message.attempt, worker=lease.worker)
             if may_retry and rules.retry.allows(message.attempt):
                 due = now + rules.retry.delay_after(message.attempt, spread)
                 again = message.attempt + 1
@@ -254,9 +255,10 @@ def _writer(message: Message, lease: Lease, rules: Rules, now: float) -> Callabl
     return write
 
 
-def _error_text(failure: Failure, message: Message, lease: Lease) -> str:
+def error_text(failure: Failure, *, attempt: int, worker: str) -> str:
+    """Return what a state keeps of a failure, as JSON text."""
     known = {
         key: clean(value) if isinstance(value, str) else value
         for key, value in failure.as_dict().items()
     }
-    return to_json({**known, "attempt": message.attempt, "worker": lease.worker}).decode()
+    return to_json({**known, "attempt": attempt, "worker": worker}).decode()

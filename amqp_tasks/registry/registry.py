@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..exceptions import DuplicateTask, UnknownTask
@@ -15,15 +15,20 @@ __all__ = ["TaskRegistry"]
 class TaskRegistry:
     """Finds the task that a message names.
 
-    A message may name a registered task, or a function of a module that the app was told
-    to serve. Nothing else is ever imported or called.
+    A message may name a registered task, what `find` knows of, or a function of a module
+    that the app was told to serve. Nothing else is ever imported or called.
 
     Args:
+        find: returns the function, or task, of a name that is not registered; None if it
+            has none. What it returned is registered under that name.
+
+    Attributes:
         served: modules and packages whose functions may be run by their dotted name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, find: Callable[[str], Callable[..., Any] | None] | None = None) -> None:
         self._tasks: dict[str, TaskDefinition] = {}
+        self._find = find
         self.served: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[TaskDefinition]:
@@ -51,7 +56,7 @@ class TaskRegistry:
         Raises:
             UnknownTask: there is none.
         """
-        task = self._tasks.get(name)
+        task = self._tasks.get(name) or self._found(name)
         if task is not None:
             return task
         module, _, attribute = name.rpartition(".")
@@ -62,6 +67,21 @@ class TaskRegistry:
             "the app is made, or name its module in the setting `serve`"
         )
 
+    def _found(self, name: str) -> TaskDefinition | None:
+        if self._find is None:
+            return None
+        try:
+            found = self._find(name)
+            if found is None:
+                return None
+            task = found if isinstance(found, TaskDefinition) else TaskDefinition(found, name=name)
+        except UnknownTask:
+            raise
+        except (Exception, SystemExit) as error:  # finding may import the user's code
+            raise _unusable(name, error) from error
+        self._tasks[name] = task
+        return task
+
     def _import(self, module: str, attribute: str) -> TaskDefinition:
         name = f"{module}.{attribute}"
         try:
@@ -70,13 +90,17 @@ class TaskRegistry:
                 return found
             task = TaskDefinition(found)
         except (Exception, SystemExit) as error:  # importing runs the user's code
-            why = f"{type(error).__name__}: {error}"
-            raise UnknownTask(f"{name!r} is not a function that can be run: {why}") from error
+            raise _unusable(name, error) from error
         if task.name != name:
             # Imported from elsewhere: `json` in a served module is not served.
             raise UnknownTask(f"{name!r} is another name of {task.name!r}, which is not served")
         self._tasks[name] = task
         return task
+
+
+def _unusable(name: str, error: BaseException) -> UnknownTask:
+    why = f"{type(error).__name__}: {error}"
+    return UnknownTask(f"{name!r} is not a function that can be run: {why}")
 
 
 def _where(task: TaskDefinition) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import anyio
 from pydantic_core import to_json
 
+from ..core.message import Message
 from ..core.outcome import CancelReason, Failure
 from ..exceptions import AmqpTasksError, StateStoreError
 
@@ -59,6 +60,8 @@ class Attempt:
     Attributes:
         task_id: id of the task.
         name: registered name of the task.
+        args, kwargs: what it was called with, as the message has it: values that JSON has.
+        extra: members of the message's body beside these (`CallOptions.extra`).
         number: number of this attempt, from 1.
         fence: an integer that is larger for every later attempt of the same task, on
             whichever worker. Hand it to what you write to, and have smaller ones
@@ -73,11 +76,9 @@ class Attempt:
     def __init__(
         self,
         *,
-        task_id: str,
+        message: Message,
         name: str,
-        number: int,
         fence: int,
-        deadline: float | None,
         worker: str,
         cancel_scope: anyio.CancelScope,
         limit_reason: CancelReason,
@@ -85,11 +86,14 @@ class Attempt:
         slot: Slot,
         clock: Callable[[], float],
     ) -> None:
-        self.task_id = task_id
+        self.task_id = message.task_id
         self.name = name
-        self.number = number
+        self.args = message.args
+        self.kwargs = message.kwargs
+        self.extra = message.extra
+        self.number = message.attempt
         self.fence = fence
-        self.deadline = deadline
+        self.deadline = message.deadline
         self.worker = worker
         self.cancel_scope = cancel_scope
         self._limit_reason = limit_reason

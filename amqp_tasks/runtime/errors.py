@@ -14,7 +14,6 @@ a quorum queue behind the next one.)
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -27,13 +26,14 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from ..abc import Broker, BrokerSession, Delivery
 from ..core import lifecycle
 from ..core.message import Message, decode
-from ..core.operations import Discharge, Read, Reopen
+from ..core.operations import Discharge, Read
 from ..core.record import Owed, TaskRecord
 from ..core.settlement import Publication
 from ..exceptions import ArgumentsError, BrokerUnavailable, TaskCanceled
 from ..settings import Settings
 from .batching import StateClient
 from .link import Servers
+from .reopening import as_new, reopening
 
 __all__ = ["MAX_HELD", "ErrorDesk", "Found", "Replayed"]
 
@@ -51,10 +51,6 @@ SILENCE: Final = 0.5
 """Seconds without a letter after which is asked whether there are any left: some of those
 that were counted may have expired since, or have been taken by somebody else."""
 MAX_SILENCES: Final = 60
-
-UNCONFIRMED_TTL: Final = 3600.0
-"""Seconds after which a reopened state is forgotten if nobody says that its message is in
-the queue. The letter is in the error queue then, and carries all that is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,19 +326,8 @@ class ErrorDesk:
     async def _replay(self, message: Message, *, by_broker: bool) -> Replayed:
         # State, message, state, and only then the letter: killed in between, the next replay
         # finds the state still owing, or else that the message is on its way.
-        new = _as_new(message, now=self._clock())
-        reopened = await self._state.ask(
-            Reopen(
-                task_id=new.task_id,
-                name=new.func,
-                job=new.body.decode(),
-                nonce=secrets.token_hex(8),
-                now=self._clock(),
-                ttl=UNCONFIRMED_TTL,
-                deadline=new.deadline,
-                parent=new.parent,
-            )
-        )
+        new = as_new(message, now=self._clock())
+        reopened = await self._state.ask(reopening(new, now=self._clock()))
         if reopened.status is lifecycle.TaskStatus.CANCELED:
             raise TaskCanceled(f"task {new.task_id!r} was canceled; it is not replayed")
         if not reopened.owed:
@@ -369,18 +354,6 @@ class ErrorDesk:
             queue=self._topology.main, body=message.body, headers=message.headers()
         )
         await self._session.publish(self._topology.exchange, publication, self._publish_timeout)
-
-
-def _as_new(message: Message, *, now: float) -> Message:
-    """Return the message to start anew with.
-
-    Nobody waits for it any more who would have it canceled by being gone, and a deadline
-    that is over would keep it from starting.
-    """
-    late = message.deadline is not None and message.deadline <= now
-    deadline = None if late else message.deadline
-    new = message.for_attempt(1, due=None)
-    return replace(new, deadline=deadline, parent_owner=None)
 
 
 def _was_moved_by_broker(delivery: Delivery) -> bool:

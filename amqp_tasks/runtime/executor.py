@@ -11,11 +11,11 @@ import contextvars
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -33,19 +33,31 @@ from ..core.outcome import (
 )
 from ..core.retry import RetryPolicy
 from ..core.settlement import Lease
+from ..exceptions import NoRetry
 from ..registry import FunctionKind, TaskDefinition
 from .attempt import Attempt, MessageType, Slot, set_current_attempt
 from .failures import describe
 from .io_loop import Inbox, IoLoop
 from .process import RaisedInProcess, call_in_process
 
-__all__ = ["Executor", "Job"]
+__all__ = ["Executor", "Job", "Middleware"]
 
 log = logging.getLogger(__name__)
 
 
 Append = Callable[[str, int, str], Awaitable[None]]
 """Appends an entry, JSON text, to the event log of a task id under a fence."""
+
+
+class Middleware(Protocol):
+    """Runs around each attempt, in its cancel scope: ``async def middleware(call)``.
+
+    ``await call()`` runs the task, whatever kind of function it is, and may be called again.
+    What the middleware returns is the task's result, and what it raises fails the attempt.
+    `current_attempt` tells it which.
+    """
+
+    async def __call__(self, call: Callable[[], Awaitable[Any]], /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +80,7 @@ class Executor:
     Args:
         max_threads: synchronous tasks that run at the same time, each in a thread.
         cancel_grace: seconds after which a cancelled attempt that goes on is named.
+        middleware: what runs around each attempt, the outermost first.
         clock: seconds since the epoch.
     """
 
@@ -77,12 +90,14 @@ class Executor:
         *,
         max_threads: int,
         cancel_grace: float,
+        middleware: Sequence[Middleware] = (),
         clock: Callable[[], float],
     ) -> None:
         self.append: Append
         """Set by the worker before the first job."""
         self._io = io
         self._cancel_grace = cancel_grace
+        self._middleware = tuple(middleware)
         self._clock = clock
         self._inbox: Inbox[Job | tuple[str, CancelReason]] = Inbox()
         self._running: dict[str, Attempt] = {}
@@ -167,11 +182,9 @@ class Executor:
         left = math.inf if message.deadline is None else max(0.0, message.deadline - now)
         limit = CancelReason.TIMEOUT if timeout <= left else CancelReason.DEADLINE
         attempt = Attempt(
-            task_id=message.task_id,
+            message=message,
             name=job.definition.name,
-            number=message.attempt,
             fence=job.lease.fence,
-            deadline=message.deadline,
             worker=job.lease.worker,
             cancel_scope=anyio.CancelScope(
                 shield=True, deadline=anyio.current_time() + min(timeout, left)
@@ -192,13 +205,14 @@ class Executor:
             )
         except Exception as error:  # validators are user code
             return Failed(describe(error, Reason.BAD_ARGUMENTS), may_retry=False)
+        call = self._around(partial(self._call, job.definition, attempt, args, kwargs))
         try:
-            result = await self._call(job.definition, attempt, args, kwargs)
+            result = await call()
         except RaisedInProcess as raised:
             known = raised.error is not None
             return Failed(
                 raised.failure,
-                may_retry=not known or isinstance(raised.error, job.retry.retry_on),
+                may_retry=not known or _may_retry(raised.error, job.retry),
             )
         except BaseException as error:  # noqa: ASYNC103  the caller's scope is cancelled, and ends here
             if attempt.cancel_reason is not None:
@@ -206,11 +220,16 @@ class Executor:
             # A cancellation that nobody of ours asked for is among these. Taken for a
             # success or for a cancel, the task would be lost without a trace.
             bare = isinstance(error, anyio.get_cancelled_exc_class())
-            return Failed(describe(error), may_retry=bare or isinstance(error, job.retry.retry_on))
+            return Failed(describe(error), may_retry=bare or _may_retry(error, job.retry))
         try:
             return Succeeded(job.definition.signature.encode_result(result))
         except Exception as error:
             return Failed(describe(error, Reason.BAD_RESULT), may_retry=False)
+
+    def _around(self, call: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+        for middleware in reversed(self._middleware):
+            call = partial(middleware, call)
+        return call
 
     async def _call(
         self, definition: TaskDefinition, attempt: Attempt, args: Any, kwargs: Any
@@ -265,6 +284,10 @@ class _SlotElsewhere:
 
     async def take(self) -> None:
         await self._io.call(self._slot.take)
+
+
+def _may_retry(error: BaseException | None, policy: RetryPolicy) -> bool:
+    return isinstance(error, policy.retry_on) and not isinstance(error, NoRetry)
 
 
 _EXCEEDED = {

@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final
 
 import anyio
@@ -13,7 +14,7 @@ from anyio.abc import TaskGroup
 
 from ..abc import Listener, StateStore
 from ..core.lifecycle import TaskStatus
-from ..core.message import Message
+from ..core.message import Message, decode
 from ..core.operations import (
     CANCELED_NOW,
     REQUESTED,
@@ -27,21 +28,19 @@ from ..core.operations import (
     RequestCancel,
     Revoke,
 )
-from ..core.outcome import CancelReason
+from ..core.outcome import CancelReason, Reason
 from ..core.record import Owed, TaskRecord
-from ..core.settlement import wait_for
+from ..core.settlement import error_text, wait_for
 from ..exceptions import PublishFailed, StateStoreError, TaskNotFound
 from .batching import StateClient
+from .failures import describe
 from .link import Link
 from .presence import Presence
+from .reopening import UNCONFIRMED_TTL, as_new, reopening
 
 __all__ = ["Producer"]
 
 log = logging.getLogger(__name__)
-
-UNCONFIRMED_TTL: Final = 3600.0
-"""Seconds after which a state is forgotten whose producer never said that the message is
-in the queue. Should the message be there all the same, it carries all that is needed."""
 
 FIRST_LOOK: Final = 0.25
 LONGEST_LOOK: Final = 5.0
@@ -56,6 +55,7 @@ class Producer:
         owner: the incarnation that waits for tasks which are queued as children.
         presence: says that `owner` is alive, from the first child on; None if somebody
             else says so.
+        state_ttl: seconds for which the state of a task that was not queued is kept.
         clock: seconds since the epoch.
     """
 
@@ -67,6 +67,7 @@ class Producer:
         *,
         owner: str,
         presence: Presence | None,
+        state_ttl: float,
         clock: Callable[[], float],
     ) -> None:
         self._link = link
@@ -77,6 +78,7 @@ class Producer:
         """None as soon as it is there."""
         self._appearing = anyio.Lock()
         self._services: TaskGroup
+        self._state_ttl = state_ttl
         self._clock = clock
 
     @asynccontextmanager
@@ -99,11 +101,15 @@ class Producer:
                 self._presence = None
         return self._owner
 
-    async def enqueue(self, message: Message) -> None:
+    async def enqueue(self, message: Message, keep_unqueued: bool = False) -> None:
         """Write the state of a new task and publish its message.
 
         A task whose id is known already is left as it is, and published again only if it
         is not known to be in the queue.
+
+        Args:
+            keep_unqueued: if it certainly is not in the queue, say so in its state instead
+                of taking that back.
 
         Raises:
             StateStoreError: nothing was queued.
@@ -129,9 +135,32 @@ class Producer:
             await self._link.publish(wait_for(message, self._link.topology, now=now))
         except PublishFailed as error:
             if created.new and not error.maybe:
-                await self._take_back(message, nonce)
+                kept = self._unqueued(error) if keep_unqueued else None
+                await self._take_back(message, nonce, kept)
             raise
         await self._confirm(message)
+
+    async def retry(self, task_id: str) -> bool:
+        """Start an errored task anew; False if it is not errored.
+
+        Raises:
+            TaskNotFound: nothing is known about it.
+            PublishFailed, StateStoreError: it may not have been queued; calling again is safe.
+        """
+        record, now = await self.read(task_id), self._clock()
+        call = decode(record.job.encode())
+        message = as_new(replace(call, deadline=record.deadline, parent=record.parent), now=now)
+        reopen = reopening(message, now=now)
+        if not (await self._state.ask(reopen)).owed:
+            return False
+        try:
+            await self._link.publish(wait_for(message, self._link.topology, now=now))
+        except PublishFailed as error:
+            if not error.maybe:
+                await self._take_back(message, reopen.nonce, record.error)
+            raise
+        await self._confirm(message)
+        return True
 
     async def read(self, task_id: str) -> TaskRecord:
         """Return the state of a task.
@@ -178,15 +207,26 @@ class Producer:
                 raise record
         return [record for record in records if isinstance(record, TaskRecord)]
 
-    async def _take_back(self, message: Message, nonce: str) -> None:
+    def _unqueued(self, error: PublishFailed) -> str:
+        return error_text(describe(error, Reason.NOT_QUEUED), attempt=1, worker=self._owner)
+
+    async def _take_back(self, message: Message, nonce: str, error: str | None) -> None:
+        """Forget a task that certainly is not in the queue; or, with an error, say so."""
+        revoke = Revoke(
+            task_id=message.task_id,
+            nonce=nonce,
+            now=self._clock(),
+            error=error,
+            ttl=self._state_ttl,
+        )
         try:
-            await self._state.ask(Revoke(task_id=message.task_id, nonce=nonce, now=self._clock()))
-        except StateStoreError as error:
+            await self._state.ask(revoke)
+        except StateStoreError as away:
             log.warning(
                 "task %s was not queued, but its state says scheduled for up to %g s: %s",
                 message.task_id,
                 UNCONFIRMED_TTL,
-                error,
+                away,
             )
 
     async def _confirm(self, message: Message) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -31,7 +31,7 @@ from .batching import StateClient
 from .beacon import Beacon
 from .cancellation import CancelWatch
 from .consumer import Consumer
-from .executor import Executor
+from .executor import Executor, Middleware
 from .failures import single_error
 from .intake import Intake
 from .io_loop import IoLoop
@@ -102,6 +102,7 @@ class _WorkerService:
             state,
             owner=self.owner,
             presence=None,  # a worker has one anyway
+            state_ttl=settings.state_ttl,
             clock=clock,
         )
         if settings.beacon_ttl:
@@ -187,6 +188,7 @@ async def open_worker(
     registry: TaskRegistry,
     settings: Settings,
     *,
+    middleware: Sequence[Middleware] = (),
     clock: Callable[[], float],
 ) -> AsyncGenerator[Worker, None]:
     """Run a worker for as long as the block; leaving the block stops it with its grace."""
@@ -197,6 +199,7 @@ async def open_worker(
                 io,
                 max_threads=settings.max_running_tasks,
                 cancel_grace=settings.cancel_grace,
+                middleware=middleware,
                 clock=clock,
             )
             service = await io.make(

@@ -15,6 +15,7 @@ from amqp_tasks import (
     BrokerUnavailable,
     NotConnected,
     PublishFailed,
+    RemoteTaskError,
     StateStoreUnavailable,
     TaskApp,
     TaskStatus,
@@ -36,6 +37,7 @@ async def test_outside_of_a_connection_everything_says_what_is_missing(app: Task
     asks: list[Callable[[], Coroutine[Any, Any, Any]]] = [
         lambda: add(1),
         lambda: app.add_task(add, 1),
+        handle.retry,
         app.list_tasks,
         handle.result,
         handle.join,
@@ -257,6 +259,46 @@ async def test_a_call_that_certainly_was_not_queued_leaves_no_state(make_app: Ma
         assert now() - began == pytest.approx(7, abs=0.01)
         assert caught.value.maybe is False
         assert await app.list_tasks() == []
+
+
+async def test_a_call_that_certainly_was_not_queued_can_be_kept_as_errored(
+    make_app: MakeApp,
+) -> None:
+    app, broker = make_app(publish_timeout=7, state_ttl=100), FrailBroker(now)
+    rewire(app, broker=broker)
+    echo = app.task(shop.echo).options(task_id="one", keep_unqueued=True)
+    async with app.connect():
+        broker.go_down()
+        with pytest.raises(PublishFailed):
+            await echo(1)
+        with pytest.raises(RemoteTaskError, match="publish_timeout") as caught:
+            await app.handle("one").result(timeout=10)
+        assert caught.value.reason == "not_queued"
+        state = await app.handle("one").state()
+        assert (state.status, state.reason) == (TaskStatus.ERRORED, "not_queued")
+        await anyio.sleep(101)
+        assert await app.list_tasks() == []
+
+
+async def test_a_task_that_was_kept_although_it_was_not_queued_can_be_retried(
+    make_app: MakeApp, journal: shop.Journal
+) -> None:
+    app, broker = make_app(publish_timeout=1), FrailBroker(now)
+    rewire(app, broker=broker)
+    echo = app.task(shop.echo).options(task_id="one", keep_unqueued=True)
+    async with app.connect():
+        broker.go_down()
+        with pytest.raises(PublishFailed):
+            await echo(1)
+        # In vain: it is errored as before, and not scheduled for ever.
+        with pytest.raises(PublishFailed):
+            await app.handle("one").retry()
+        assert await app.handle("one").status() is TaskStatus.ERRORED
+        broker.is_down = False
+        assert await app.handle("one").retry() is True
+    async with app.worker():
+        assert await app.handle("one").result(timeout=10) == 1
+    assert journal.count("echo") == 1
 
 
 @pytest.mark.parametrize("arrives", [True, False])

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from amqp_tasks import ArgumentsError, TaskApp, TaskStatus
+from amqp_tasks import ArgumentsError, RetryPolicy, TaskApp, TaskStatus, current_attempt
 
 from ..runtime import shop
 from ..runtime.harness import EPOCH, depth, left_in_queues, now, record_of
@@ -79,6 +79,10 @@ async def test_a_task_waits_for_its_time_without_a_worker(app: TaskApp) -> None:
         ({"timeout": -3}, "timeout=-3: must be a finite number of seconds, above 0"),
         ({"countdown": 1, "eta": at(5)}, "countdown=1 and eta=.*only one of them can be given"),
         ({"task_id": ""}, "task_id"),
+        ({"extra": [1]}, r"extra=\[1\]: must be a mapping with texts as keys"),
+        ({"extra": {1: 2}}, "must be a mapping with texts as keys"),
+        ({"extra": {"func": "x"}}, "func belongs to the call itself; use another key"),
+        ({"extra": {"a": object()}}, "cannot be written as JSON"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -125,3 +129,23 @@ async def test_add_task_refuses_an_option_that_could_be_meant_for_the_function(
         with pytest.raises(ArgumentsError, match=r"a parameter called timeout.*task\.options"):
             await app.add_task(app.task(shop.take_timeout), timeout=5)
         assert depth(app) == 0
+
+
+async def look_around(number: int, word: str = "") -> list[Any]:
+    attempt = current_attempt()
+    if attempt.number == 1:
+        raise LookupError
+    return [attempt.args, attempt.kwargs, attempt.extra]
+
+
+async def test_extra_members_travel_with_the_call_and_every_attempt_finds_them(
+    app: TaskApp,
+) -> None:
+    extra = {"db_id": "db", "deep": {"a": [1]}}
+    look = app.task(retry=RetryPolicy(max_retries=1, delay=1))(look_around)
+    async with app.worker():
+        handle = await look.options(extra=extra)(7, word="x")
+        assert await handle.result(timeout=10) == [[7, "x"], {}, extra]
+        state = await handle.state()
+    assert state.attempt == 2
+    assert {key: state.job[key] for key in extra} == extra

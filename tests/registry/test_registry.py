@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,3 +125,51 @@ def test_a_served_module_that_raises_when_it_is_imported_makes_its_tasks_unknown
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UnknownTask, match=says):
         served("raising_goods").find("raising_goods.add")
+
+
+# -------------------------------------------------------------------------- find
+
+
+def test_what_is_not_registered_is_looked_for_once() -> None:
+    asked: list[str] = []
+
+    def find(name: str) -> Callable[..., Any] | None:
+        asked.append(name)
+        return shop.add if name == "old.name.of.add" else None
+
+    registry = TaskRegistry(find)
+    found = registry.find("old.name.of.add")
+    assert (found.name, found.func) == ("old.name.of.add", shop.add)
+    assert registry.find("old.name.of.add") is found
+    registry.add(TaskDefinition(shop.narrate, name="told"))
+    assert registry.find("told").func is shop.narrate
+    assert asked == ["old.name.of.add"]
+    with pytest.raises(UnknownTask, match="is not a task of this app"):
+        registry.find("os.system")
+
+
+def test_a_task_that_was_found_is_taken_as_it_is() -> None:
+    task = TaskDefinition(shop.add, name="mine")
+    assert TaskRegistry(lambda name: task).find("theirs") is task  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("error", [ImportError("no such thing"), SystemExit(3), KeyError("x")])
+def test_a_search_that_fails_finds_nothing(error: BaseException) -> None:
+    def find(name: str) -> None:
+        raise error
+
+    with pytest.raises(UnknownTask, match=f"'a.b'.*{type(error).__name__}"):
+        TaskRegistry(find).find("a.b")
+
+
+def test_what_was_found_and_is_no_function_is_refused() -> None:
+    with pytest.raises(UnknownTask, match="cannot be a task"):
+        TaskRegistry(lambda name: print).find("a.b")
+
+
+def test_a_search_can_say_itself_why_a_name_is_refused() -> None:
+    def find(name: str) -> None:
+        raise UnknownTask(f"{name} is not served here")
+
+    with pytest.raises(UnknownTask, match=r"^a\.b is not served here$"):
+        TaskRegistry(find).find("a.b")

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from amqp_tasks import RemoteTaskError, RetryPolicy, TaskApp, TaskStatus
+from amqp_tasks import NoRetry, RemoteTaskError, RetryPolicy, TaskApp, TaskStatus
 
 from ..conftest import REAL_CLOCKS
 from . import shop
@@ -88,3 +88,16 @@ async def test_it_is_killed_when_it_is_cancelled_while_it_burns_a_core(
         assert await handle.cancel()
         assert await handle.join(timeout=20) is TaskStatus.CANCELED
         assert await gone(pid)
+
+
+def give_up() -> None:
+    raise NoRetry("for good")
+
+
+async def test_it_can_say_that_trying_again_is_futile(app: TaskApp) -> None:
+    retry = RetryPolicy(max_retries=None, delay=0)
+    async with app.worker():
+        handle = await app.task(process=True, retry=retry)(give_up)()
+        with pytest.raises(RemoteTaskError, match="NoRetry: for good"):
+            await handle.result(timeout=20)
+        assert (await handle.state()).attempt == 1
