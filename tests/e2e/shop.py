@@ -44,6 +44,17 @@ async def nap(path: str, name: str, seconds: float) -> str:
     return name
 
 
+@app.task
+async def wait_for_file(path: str, name: str, file: str) -> str:
+    """Say that it starts, wait until there is a file, say that it ends."""
+    attempt = current_attempt()
+    record(path, "start", name, attempt.number, attempt.fence)
+    while not Path(file).exists():
+        await anyio.sleep(0.02)
+    record(path, "end", name, attempt.number, attempt.fence)
+    return name
+
+
 @app.task(retry=RetryPolicy(max_retries=3, delay=0.5, backoff=2.0, max_delay=60, jitter=0))
 async def always_fails(path: str) -> None:
     record(path, "start", time.time())

@@ -71,13 +71,16 @@ async def test_the_task_of_a_worker_that_is_killed_after_its_delivery_was_acked_
     oracle = tmp_path / "oracle"
     worker = start_worker(*FLAGS)
     async with app.connect():
-        handle = await shop.nap(str(oracle), "long", LONG)
+        may_end = tmp_path / "may-end"
+        handle = await shop.wait_for_file(str(oracle), "long", str(may_end))
         await lines(oracle, 1, "start")
         # Whoever can be started has been, and its delivery replaced by a copy.
         follower = await shop.nap(str(oracle), "follower", 2 * CONSUMER_TIMEOUT)
         assert await follower.result(timeout=30) == "follower"
         start_worker(*FLAGS)
         worker.signal(signal.SIGKILL)
+        worker.wait()
+        may_end.touch()
         assert await handle.result(timeout=60) == "long"
         state = await handle.state()
         assert (state.status, state.attempt) == (TaskStatus.FINISHED, 1)
