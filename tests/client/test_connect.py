@@ -295,6 +295,7 @@ async def test_a_task_that_was_kept_although_it_was_not_queued_can_be_retried(
             await app.handle("one").retry()
         assert await app.handle("one").status() is TaskStatus.ERRORED
         broker.is_down = False
+        await anyio.sleep(60)  # until it has connected again
         assert await app.handle("one").retry() is True
     async with app.worker():
         assert await app.handle("one").result(timeout=10) == 1
