@@ -19,7 +19,7 @@ PIP_INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit chaos mutations lint types clean servers \
+.PHONY: help demo site test unit chaos mutations lint types clean servers \
 	lint-rules lint-format lint-cancellation types-mypy types-pyright
 
 help: ## say what there is
@@ -27,6 +27,9 @@ help: ## say what there is
 
 demo: $(VENV)/package-stamp ## run some dozens of tasks in memory; ARGS='--backend trio'
 	@$(VENV)/bin/python examples/demo.py $(ARGS)
+
+site: $(VENV)/site-stamp ## a guillotina site with two tasks, on http://127.0.0.1:8080
+	@PYTHONPATH=examples $(VENV)/bin/guillotina serve -c examples/guillotina_site/config.yaml $(ARGS)
 
 # All of it runs whatever fails, so that one look shows everything there is to mend; lint and
 # types first, because the last line is to be the tests' summary.
@@ -61,7 +64,8 @@ lint-format: $(VENV)/tools-stamp
 	$(IN_VENV) ruff format --check .
 
 lint-cancellation: $(VENV)/tools-stamp
-	$(IN_VENV) flake8 --isolated --select=ASYNC101,ASYNC102,ASYNC103 amqp_tasks examples
+	$(IN_VENV) flake8 --isolated --select=ASYNC101,ASYNC102,ASYNC103 \
+		amqp_tasks guillotina_bridge examples
 
 types-mypy: $(VENV)/tools-stamp
 	$(IN_VENV) mypy
@@ -84,7 +88,12 @@ $(VENV)/package-stamp: $(VENV)/venv-stamp pyproject.toml
 	@$(PIP_INSTALL) --editable .
 	@touch $@
 
+$(VENV)/site-stamp: $(VENV)/venv-stamp pyproject.toml
+	@echo 'Installing the package and guillotina into $(VENV) ...'
+	@$(PIP_INSTALL) --editable '.[guillotina]'
+	@touch $(VENV)/package-stamp $@
+
 $(VENV)/tools-stamp: $(VENV)/venv-stamp pyproject.toml
 	@echo 'Installing the package, test and lint tools into $(VENV) ...'
-	@$(PIP_INSTALL) --editable . --group test --group lint
-	@touch $(VENV)/package-stamp $@
+	@$(PIP_INSTALL) --editable '.[guillotina]' --group test --group lint
+	@touch $(VENV)/package-stamp $(VENV)/site-stamp $@

@@ -1,0 +1,5 @@
+# Any: see the section of mypy in pyproject.toml.
+
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
