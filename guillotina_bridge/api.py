@@ -185,7 +185,7 @@ async def retry_task(context: IContainer, request: Request) -> bool:
     task_id = request.matchdict["task_id"]
     with _errors_as_responses():
         await _own_state(task_id)
-        return await get_service().app.handle(task_id).retry()
+        return await TaskState(task_id).retry()
 
 
 # --------------------------------------------------------------------------- helpers

@@ -23,6 +23,7 @@ from guillotina.utils import resolve_dotted_name
 from amqp_tasks import AmqpTasksError, SettingsError, TaskApp
 
 from .job import run_attempt
+from .managers import find_manager
 from .mirror import Mirror
 from .service import BridgeService, Role
 from .settings import BridgeSettings, read_settings
@@ -54,8 +55,9 @@ def assemble(
         flags: settings of amqp_tasks that win over all others.
 
     Raises:
-        SettingsError: one of the flags is wrong.
+        SettingsError: one of the flags is wrong, or there is no such state manager.
     """
+    find_manager(settings.persistent_manager)
     is_custom = settings.persistent_manager not in ("memory", "redis")
     mirror = Mirror() if is_custom and role != "producer" else None
     middleware = [run_attempt] if mirror is None else [mirror.middleware, run_attempt]

@@ -147,8 +147,11 @@ class _AppStateManager:
         return await cancel_in_app(task_id)
 
     async def is_canceled(self, task_id: str) -> bool:
-        """Return whether a task has been canceled."""
-        return await _status(task_id) is TaskStatus.CANCELED
+        """Return whether a task has been canceled, or is to be as soon as it stops."""
+        state = await state_in_app(task_id)
+        return state is not None and (
+            state.status is TaskStatus.CANCELED or state.cancel_requested is not None
+        )
 
     async def clean_canceled(self, task_id: str) -> bool:
         """Do nothing: a request to cancel ends with its task."""

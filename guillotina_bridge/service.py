@@ -232,11 +232,12 @@ class BridgeService:
             was_up = False
             try:
                 await (self._produce() if self.role == "producer" else self._work())
-            except Exception as error:
+            except Exception as raised:
+                error = _one_of(raised)
                 was_up, self._is_up = self._is_up, False
                 self._worker, self.worker_id = None, None
                 if not self._may_try_again(error):
-                    raise
+                    raise error from None
                 self._problem = error
                 log.error("%s; tried again in the background", error, exc_info=_unless_known(error))
                 self._is_known()
@@ -309,6 +310,18 @@ def _is_in_a_task() -> bool:
     except AmqpTasksError:
         return False
     return True
+
+
+def _one_of(error: Exception) -> Exception:
+    """Return one error for many that servers are to blame for.
+
+    The worker and the producer have a connection each, and lose them together.
+    """
+    while (
+        isinstance(error, ExceptionGroup) and error.split((BrokerError, StateStoreError))[1] is None
+    ):
+        error = error.exceptions[0]
+    return error
 
 
 def _unless_known(error: Exception) -> Exception | None:

@@ -153,7 +153,7 @@ class TaskState:
         return retried
 
     async def is_canceled(self) -> bool:
-        """Return whether it has been canceled."""
+        """Return whether it has been canceled, or is to be as soon as it stops."""
         if await get_state_manager().is_canceled(self.task_id):
             return True
         # What has ended is not to be canceled any more, a manager may say.

@@ -40,6 +40,8 @@ class TaskState:
     """The latest failure: type, message, traceback, reason, attempt, worker."""
     reason: str | None
     """Why it was canceled, or why it failed if there is more to say than that it did."""
+    cancel_requested: str | None
+    """The reason for which it is to be cancelled and has not stopped yet, or None."""
     job: Mapping[str, Any]
     """The message's body: func, args, kwargs, task_id and whatever else is in it."""
     eventlog: Sequence[Mapping[str, Any]]
@@ -66,6 +68,7 @@ def state_from(
         result=None if record.result is None else decode_result(record.result),
         error=None if record.error is None else from_json(record.error),
         reason=record.reason,
+        cancel_requested=record.cancel,
         job=from_json(record.job) if record.job else {},
         eventlog=[from_json(entry.data) for entry in log],
     )

@@ -467,6 +467,25 @@ async def test_a_worker_s_command_ends_when_servers_are_lost(server_settings: Se
             assert isinstance(service.error, BrokerUnavailable)
 
 
+async def test_connections_that_are_lost_together_are_one_error(server_settings: Settings) -> None:
+    @asynccontextmanager
+    async def beside(app: TaskApp) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            raise BrokerUnavailable("lost as well")
+
+    with TcpProxy(server_settings["amqp"]["port"]).running() as proxy:
+        server_settings["amqp"] |= {"port": proxy.port, "reconnect_timeout": 0.1}
+        service = make_service("command", settings=server_settings, beside=beside)
+        async with running(service):
+            proxy.refuse()
+            proxy.cut()
+            with anyio.fail_after(30):
+                await service.wait_ended()
+            assert isinstance(service.error, BrokerUnavailable)
+
+
 async def test_a_worker_that_never_started_does_not_go_on_trying(
     server_settings: Settings,
 ) -> None:

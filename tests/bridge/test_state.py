@@ -132,6 +132,7 @@ async def test_a_task_that_runs_and_is_canceled(site: Site) -> None:
         await known.get_result()
     assert await get_state_manager().is_mine(known.task_id)
     assert await known.cancel()
+    assert await known.is_canceled()  # whether it has stopped yet or not
     state = await ended(known)
     assert (state["status"], state["reason"]) == ("canceled", "user")
     assert await known.cancel()  # and again

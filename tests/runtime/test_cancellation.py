@@ -305,7 +305,9 @@ async def test_a_task_that_shields_itself_for_long_is_named_once_in_log_and_stat
             await handle.cancel()
             await anyio.sleep(4.9)
             assert not caplog.records
+            assert (await handle.state()).cancel_requested == "user"
             await assert_canceled(handle)
+        assert (await handle.state()).cancel_requested is None
         (record,) = caplog.records
         assert handle.task_id in record.getMessage()
         assert "cancelled (user)" in record.getMessage()
