@@ -9,7 +9,7 @@ MINUTES ?= 10
 SEED ?=
 
 # Most of the time of the tests with servers is waiting. Each process has servers of its own.
-AT_ONCE ?= -n 3 --dist loadfile
+AT_ONCE ?= -n 4 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 IN_VENV := $(VENV)/bin/python -m

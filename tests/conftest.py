@@ -27,3 +27,15 @@ REAL_CLOCKS: dict[str, Backend] = {
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """Both backends under a virtual clock. Tests with real servers override this."""
     return VIRTUAL_CLOCKS[request.param]()
+
+
+LONGEST_FIRST = ("e2e", "drivers", "bridge", "chaos")
+"""Folders whose files take longest: what begins last should not go on alone for minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=rank)

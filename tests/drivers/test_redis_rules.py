@@ -269,11 +269,19 @@ def test_the_scripts_do_as_their_specification_says(
     anyio.run(ask)
 
 
+BRANCHES = {
+    *("Claim: Granted", "Claim: Held", "Claim: Ended", "Claim: Duplicate", "Claim: Owing"),
+    *("Settle: written", "Settle: stale"),
+    *("Reopen: scheduled, True", "Reopen: scheduled, False", "Reopen: finished, False"),
+    *(f"RequestCancel: {each}" for each in ("unknown", "ended", "canceled", "requested")),
+}
+
+
 def test_the_steps_reach_every_branch() -> None:
     """Else the test above would say less than it seems to."""
     seen: set[str] = set()
 
-    @settings(max_examples=1000, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=150, deadline=None, database=None)
     @given(script=st.lists(steps(), min_size=1, max_size=25))
     def collect(script: list[tuple[str, Step]]) -> None:
         _, operations, answers = play(script)
@@ -283,10 +291,8 @@ def test_the_steps_reach_every_branch() -> None:
                 text = f"{answer.status}, {answer.owed}"
             seen.add(f"{type(operation).__name__}: {text}")
 
-    collect()
-    assert seen >= {
-        *("Claim: Granted", "Claim: Held", "Claim: Ended", "Claim: Duplicate", "Claim: Owing"),
-        *("Settle: written", "Settle: stale"),
-        *("Reopen: scheduled, True", "Reopen: scheduled, False", "Reopen: finished, False"),
-        *(f"RequestCancel: {each}" for each in ("unknown", "ended", "canceled", "requested")),
-    }
+    for _ in range(60):  # the rarest is not in every round
+        collect()
+        if seen >= BRANCHES:
+            break
+    assert seen >= BRANCHES
