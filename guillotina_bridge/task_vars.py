@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .job import Job
+from typing import Any
 
 __all__ = ["amqp_job"]
 
-amqp_job: ContextVar[Job | None] = ContextVar("amqp_job", default=None)
-"""The `Job` that runs; None outside of tasks."""
+amqp_job: ContextVar[Any] = ContextVar("amqp_job", default=None)
+"""The `job.Job` that runs; None outside of tasks."""

@@ -310,6 +310,10 @@ def test_the_bridge_imports_only_public_names(ours: dict[str, Module]) -> None:
     assert private_uses(bridge, public_names(ours[PACKAGE])) == []
 
 
+def test_the_bridge_has_no_cycle() -> None:
+    assert cycles(read_modules(ROOT, BRIDGE)) == []
+
+
 # ---------------------------------------------------------------- trees that break it
 
 
