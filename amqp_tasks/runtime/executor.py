@@ -53,6 +53,7 @@ class Middleware(Protocol):
     """Runs around each attempt, in its cancel scope: ``async def middleware(call)``.
 
     ``await call()`` runs the task, whatever kind of function it is, and may be called again.
+    A result that cannot be kept makes ``call()`` raise; such an error is not to be caught.
     What the middleware returns is the task's result, and what it raises fails the attempt.
     `current_attempt` tells it which.
     """
@@ -205,9 +206,11 @@ class Executor:
             )
         except Exception as error:  # validators are user code
             return Failed(describe(error, Reason.BAD_ARGUMENTS), may_retry=False)
-        call = self._around(partial(self._call, job.definition, attempt, args, kwargs))
+        call = self._around(job.definition, partial(self._call, attempt, args, kwargs))
         try:
             result = await call()
+        except _BadResult as bad:
+            return bad.outcome()
         except RaisedInProcess as raised:
             known = raised.error is not None
             return Failed(
@@ -222,17 +225,30 @@ class Executor:
             bare = isinstance(error, anyio.get_cancelled_exc_class())
             return Failed(describe(error), may_retry=bare or _may_retry(error, job.retry))
         try:
-            return Succeeded(job.definition.signature.encode_result(result))
-        except Exception as error:
-            return Failed(describe(error, Reason.BAD_RESULT), may_retry=False)
+            return Succeeded(_encode(job.definition, result))
+        except _BadResult as bad:
+            return bad.outcome()
 
-    def _around(self, call: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    def _around(
+        self, definition: TaskDefinition, run: Callable[[TaskDefinition], Awaitable[Any]]
+    ) -> Callable[[], Awaitable[Any]]:
+        """Return the call with the middleware around it."""
+        if not self._middleware:
+            return partial(run, definition)
+
+        async def innermost() -> Any:
+            result = await run(definition)
+            # Before the middleware has done what cannot be taken back: a commit, say.
+            _encode(definition, result)
+            return result
+
+        call: Callable[[], Awaitable[Any]] = innermost
         for middleware in reversed(self._middleware):
             call = partial(middleware, call)
         return call
 
     async def _call(
-        self, definition: TaskDefinition, attempt: Attempt, args: Any, kwargs: Any
+        self, attempt: Attempt, args: Any, kwargs: Any, definition: TaskDefinition
     ) -> Any:
         match definition.kind:
             case FunctionKind.COROUTINE:
@@ -284,6 +300,24 @@ class _SlotElsewhere:
 
     async def take(self) -> None:
         await self._io.call(self._slot.take)
+
+
+class _BadResult(Exception):
+    """Raised when a task's result does not fit its annotation, or is not JSON."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+    def outcome(self) -> Outcome:
+        return Failed(describe(self.error, Reason.BAD_RESULT), may_retry=False)
+
+
+def _encode(definition: TaskDefinition, result: Any) -> str:
+    try:
+        return definition.signature.encode_result(result)
+    except Exception as error:
+        raise _BadResult(error) from error
 
 
 def _may_retry(error: BaseException | None, policy: RetryPolicy) -> bool:

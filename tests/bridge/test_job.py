@@ -337,6 +337,22 @@ async def test_an_exception_stores_nothing(start_site: StartSite, database: Data
     assert notes == []
 
 
+async def return_no_json_after_writing() -> object:
+    await create_item("item")
+    return object()
+
+
+async def test_a_result_that_is_no_json_stores_nothing(
+    start_site: StartSite, database: Database
+) -> None:
+    site = await start_site(database, "a")
+    async with working() as tasks:
+        with pytest.raises(RemoteTaskError) as caught:
+            await tasks.run(return_no_json_after_writing)
+        assert caught.value.reason == "bad_result"
+    assert await stored(site) == set()
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

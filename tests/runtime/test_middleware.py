@@ -151,6 +151,25 @@ async def test_what_it_finished_although_it_was_cancelled_is_finished(
         assert await handle.result(timeout=10) == 1
 
 
+async def test_a_result_that_cannot_be_kept_is_known_before_a_middleware_commits(
+    make_app: MakeApp, journal: shop.Journal
+) -> None:
+    async def commit(call: Call) -> Any:
+        result = await call()
+        journal.note("committed")
+        return result
+
+    app = make_app(middleware=[commit])
+    async with app.worker():
+        for func in (shop.unwritable, shop.not_what_it_says):
+            handle = await app.task(func)()
+            with pytest.raises(RemoteTaskError) as caught:
+                await handle.result(timeout=10)
+            assert caught.value.reason == "bad_result"
+            assert (await handle.state()).attempt == 1
+    assert journal.count("committed") == 0
+
+
 class Gone(NoRetry):
     """What a task needs is not there any more."""
 
