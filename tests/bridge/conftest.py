@@ -267,8 +267,8 @@ async def _nothing_is_left(before: set[asyncio.Task[Any]]) -> None:
 
 
 ALL_LOOPS = "AMQP_TASKS_ALL_LOOPS"
-ON_BOTH = ("test_aio.py", "test_service.py")
-"""Whose tests are about the event loop itself."""
+ON_BOTH = ("test_aio.py", "test_service.py", "test_over_tcp.py")
+"""Whose tests are about the event loop itself, or the last word about the whole."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -280,25 +280,40 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if os.environ.get(ALL_LOOPS):
         return
-    left_out = [item for item in items if _runs_elsewhere(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    there = {(_without_loop(item), _loop_of(item)) for item in items}
+
+    def runs_elsewhere(item: pytest.Item) -> bool:
+        loop, name = _loop_of(item), _without_loop(item)
+        chosen = _chosen_loop(item, name)
+        return loop is not None and loop != chosen and (name, chosen) in there
+
+    config.hook.pytest_deselected(items=[item for item in items if runs_elsewhere(item)])
+    items[:] = [item for item in items if not runs_elsewhere(item)]
 
 
-def _runs_elsewhere(item: pytest.Item) -> bool:
-    params = (
-        item.callspec.params
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        else {}
-    )
-    loop = params.get("anyio_backend")
-    if loop not in EVENT_LOOPS or item.path.parent != HERE or item.path.name in ON_BOTH:
-        return False
-    match params.get("database"):
+def _params(item: pytest.Item) -> dict[str, object]:
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None else dict(callspec.params)
+
+
+def _loop_of(item: pytest.Item) -> str | None:
+    """Return the event loop of a test of this folder that can run on either."""
+    if item.path.parent != HERE or item.path.name in ON_BOTH:
+        return None
+    params = _params(item)
+    loop = params.get("anyio_backend", params.get("loop"))
+    return loop if isinstance(loop, str) and loop in EVENT_LOOPS else None
+
+
+def _without_loop(item: pytest.Item) -> str:
+    return item.nodeid.replace(_loop_of(item) or "", "", 1)
+
+
+def _chosen_loop(item: pytest.Item, name: str) -> str:
+    match _params(item).get("database"):
         case "DUMMY":
-            chosen = "asyncio"
+            return "asyncio"
         case "postgresql":
-            chosen = "uvloop"
+            return "uvloop"
         case _:
-            chosen = EVENT_LOOPS[zlib.crc32(item.name.replace(loop, "").encode()) % 2]
-    return loop != chosen
+            return EVENT_LOOPS[zlib.crc32(name.encode()) % 2]
