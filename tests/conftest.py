@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,13 @@ REAL_CLOCKS: dict[str, Backend] = {
     "uvloop": lambda: ("asyncio", {"use_uvloop": True}),
     "trio": lambda: ("trio", {}),
 }
+
+ALL_LOOPS = bool(os.environ.get("AMQP_TASKS_ALL_LOOPS"))
+"""Whether tests that cost much are run on every event loop that they can run on."""
+
+IO_LOOPS = ("asyncio", "uvloop") if ALL_LOOPS else ("uvloop",)
+"""What a single driver's own tests run on. The I/O thread has uvloop where there is one; the
+conformance suites of all drivers run on both in any case."""
 
 
 @pytest.fixture(params=VIRTUAL_CLOCKS)

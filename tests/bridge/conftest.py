@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import secrets
 import warnings
 import zlib
@@ -29,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 import httpx
 import pytest
 
-from ..conftest import REAL_CLOCKS
+from ..conftest import ALL_LOOPS, REAL_CLOCKS
 from ..servers.postgres import PostgresServer, postgres_server
 from ..servers.rabbitmq import RabbitServer, rabbit_server
 from ..servers.redis import RedisServer, redis_server
@@ -266,7 +265,6 @@ async def _nothing_is_left(before: set[asyncio.Task[Any]]) -> None:
     assert not left, f"still there after the shutdown: {left}"
 
 
-ALL_LOOPS = "AMQP_TASKS_ALL_LOOPS"
 ON_BOTH = ("test_aio.py", "test_service.py", "test_over_tcp.py")
 """Whose tests are about the event loop itself, or the last word about the whole."""
 
@@ -278,7 +276,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Starting guillotina takes most of the time. With the storage DUMMY it is asyncio, with
     PostgreSQL uvloop, and where there is no choice of storages the name decides.
     """
-    if os.environ.get(ALL_LOOPS):
+    if ALL_LOOPS:
         return
     there = {(_without_loop(item), _loop_of(item)) for item in items}
 

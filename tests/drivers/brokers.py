@@ -23,7 +23,7 @@ from amqp_tasks.core.topology import LADDER_MS, QueueSpec, QueueType, Topology
 from amqp_tasks.drivers.memory import MemoryBroker
 from amqp_tasks.drivers.rabbitmq import RabbitBroker
 
-from ..conftest import REAL_CLOCKS, VIRTUAL_CLOCKS
+from ..conftest import IO_LOOPS, REAL_CLOCKS, VIRTUAL_CLOCKS
 from ..servers.rabbitmq import RabbitServer
 
 __all__ = [
@@ -158,7 +158,7 @@ def choose_backend(case: str) -> Any:
     return CASES[case][1]()
 
 
-@pytest.fixture(name="anyio_backend", params=["asyncio", "uvloop"])
+@pytest.fixture(name="anyio_backend", params=IO_LOOPS)
 def choose_real_backend(request: pytest.FixtureRequest) -> Any:
     return REAL_CLOCKS[request.param]()
 

@@ -11,7 +11,7 @@ import pytest
 
 from amqp_tasks.drivers.redis import RedisStore
 
-from ..conftest import REAL_CLOCKS
+from ..conftest import IO_LOOPS, REAL_CLOCKS
 from ..servers.redis import RedisServer
 from .state_stores import Asker
 
@@ -23,7 +23,7 @@ SHORT = 0.8
 """Seconds after which a test of a timeout goes on."""
 
 
-@pytest.fixture(name="anyio_backend", params=["asyncio", "uvloop"])
+@pytest.fixture(name="anyio_backend", params=IO_LOOPS)
 def choose_loop(request: pytest.FixtureRequest) -> Any:
     backend: Callable[[], Any] = REAL_CLOCKS[request.param]
     return backend()
