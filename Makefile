@@ -29,7 +29,7 @@ demo: $(VENV)/package-stamp ## run some dozens of tasks in memory; ARGS='--backe
 	@$(VENV)/bin/python examples/demo.py $(ARGS)
 
 site: $(VENV)/site-stamp ## a guillotina site with two tasks, on http://127.0.0.1:8080
-	@PYTHONPATH=examples $(VENV)/bin/guillotina serve -c examples/guillotina_site/config.yaml $(ARGS)
+	@exec env PYTHONPATH=examples $(VENV)/bin/guillotina serve -c examples/guillotina_site/config.yaml $(ARGS)
 
 # All of it runs whatever fails, so that one look shows everything there is to mend; lint and
 # types first, because the last line is to be the tests' summary.

@@ -139,7 +139,8 @@ class Settings(BaseSettings):
         "carries none is replaced within three times as long. 0 turns them off.",
     )
     on_beacon_lost: Literal["reconnect", "exit"] = Field(
-        "reconnect", description="What a worker does when no beacon comes back."
+        "reconnect",
+        description="What a worker does when no beacon comes back: `reconnect`, or `exit` with 1.",
     )
     guard_after: _Positive = Field(
         900.0,
