@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import anyio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from amqp_tasks.core.lifecycle import Event
@@ -88,13 +88,14 @@ class Model:
 Step: TypeAlias = Callable[[TaskRecord | None, float], Operation[Any]]
 """Makes an operation for what is there, so that fences and attempts meet often enough."""
 
-ids = st.sampled_from(["a", "b}{"])
+ids = st.sampled_from(["a", "a", "a", "b}{"])
 texts = st.one_of(st.sampled_from(["", "x"]), st.text(max_size=5))
 maybe_texts = st.none() | texts
 leases = st.sampled_from(["w1/1", "w1/2", "w2/1", "a/b/3", "w3", ""])
 floats = st.floats(allow_nan=False, allow_infinity=False)
 maybe_floats = st.none() | floats
-nearby = st.sampled_from([0, 0, 0, 0, -1, 1, -2, 2])
+nearby = st.sampled_from([0] * 10 + [-1, 1, -2, 2])
+mostly = st.sampled_from([True, True, True, False])
 ttls = st.floats(TTL, 2 * TTL)
 
 
@@ -115,7 +116,7 @@ def creates(draw: st.DrawFn, task_id: str) -> Step:
 @st.composite
 def discharges(draw: st.DrawFn, task_id: str) -> Step:
     away, ttl = draw(nearby), draw(st.none() | ttls)
-    own, other = draw(st.booleans()), draw(st.sampled_from(Owed))
+    own, other = draw(mostly), draw(st.sampled_from(Owed))
 
     def step(record: TaskRecord | None, now: float) -> Operation[Any]:
         owed = (record.owed if own and record is not None else None) or other
@@ -180,7 +181,7 @@ def claims(draw: st.DrawFn, task_id: str) -> Step:
 @st.composite
 def settles(draw: st.DrawFn, task_id: str) -> Step:
     attempts, fences = draw(nearby), draw(nearby)
-    own, other = draw(st.sampled_from([True, True, True, False])), draw(leases)
+    own, other = draw(mostly), draw(leases)
     fields: dict[str, Any] = {
         "name": draw(texts),
         "event": draw(st.sampled_from(sorted(set(Event) - {Event.REOPEN}))),
@@ -225,6 +226,10 @@ def steps(draw: st.DrawFn) -> tuple[str, Step]:
     return task_id, draw(draw(st.sampled_from(kinds))(task_id))
 
 
+scripts = st.lists(steps(), min_size=10, max_size=25)
+"""Long, as it takes some steps to get anywhere: left alone, lists have six on average."""
+
+
 def play(script: Sequence[tuple[str, Step]]) -> tuple[Model, list[Operation[Any]], list[Any]]:
     """Return the model after `script`, the operations, and the answers they should get.
 
@@ -242,11 +247,11 @@ def play(script: Sequence[tuple[str, Step]]) -> tuple[Model, list[Operation[Any]
 
 
 @settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(script=st.lists(steps(), min_size=1, max_size=25))
+@given(script=scripts)
 def test_the_scripts_do_as_their_specification_says(
     redis_server: RedisServer,  # noqa: F811  a fixture
     script: list[tuple[str, Step]],
@@ -282,7 +287,7 @@ def test_the_steps_reach_every_branch() -> None:
     seen: set[str] = set()
 
     @settings(max_examples=150, deadline=None, database=None)
-    @given(script=st.lists(steps(), min_size=1, max_size=25))
+    @given(script=scripts)
     def collect(script: list[tuple[str, Step]]) -> None:
         _, operations, answers = play(script)
         for operation, answer in zip(operations, answers, strict=True):
@@ -291,8 +296,10 @@ def test_the_steps_reach_every_branch() -> None:
                 text = f"{answer.status}, {answer.owed}"
             seen.add(f"{type(operation).__name__}: {text}")
 
-    for _ in range(60):  # the rarest is not in every round
-        collect()
+    # The rarest is not in every round. Where hypothesis derandomizes, which it does where CI is
+    # set, rounds without a seed of their own would all be the same.
+    for number in range(60):
+        seed(number)(collect)()
         if seen >= BRANCHES:
             break
     assert seen >= BRANCHES
