@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import anyio
 
-__all__ = ["Ended", "always", "current_task", "finish", "never", "run_in"]
+__all__ = ["Ended", "always", "current_task", "finish", "run_in"]
 
 T = TypeVar("T")
 
@@ -37,11 +37,6 @@ class Ended(Generic[T]):
         """Forget these cancellations: they came too late."""
         for _ in range(self.native_cancels):
             current_task().uncancel()
-
-
-def never() -> bool:
-    """Nobody is impatient."""
-    return False
 
 
 def always() -> bool:

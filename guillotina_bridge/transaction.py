@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import math
+from collections.abc import Coroutine
 from contextvars import copy_context
 from typing import Any, Final
 
 from guillotina import task_vars
 from guillotina.db.interfaces import IPostgresStorage, ITransaction
 from guillotina.db.transaction import Status
+from guillotina.db.transaction_manager import TransactionManager
 from guillotina.interfaces import IDatabase
 
 from amqp_tasks import current_attempt
 
-from .aio import always, current_task, finish, never, run_in
+from .aio import always, current_task, finish, run_in
 from .connections import limit_connections, take_connection
 
 __all__ = ["abort", "begin", "commit", "drop_futures", "run_futures"]
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE: Final = 30.0
 """Seconds that a commit, or a future, may go on after its task was cancelled, and an abort
-may take at all. Then the connection to the database is closed, or the future cancelled."""
+may take at all. Then the connection to the database is closed, or the future cancelled; and a
+commit that goes on all the same for as long again is cancelled, in the hook that it waits in."""
 
 
 async def begin(db: IDatabase) -> ITransaction:
@@ -48,12 +50,15 @@ async def commit(txn: ITransaction) -> None:
     too late, do not count: what is stored has happened.
     """
     await take_connection(txn)
-    call = txn.manager.commit(txn=txn)
-    ended = await finish(call, impatient=_is_cancelled, patience=PATIENCE)
+    ended = await finish(_committing(txn), impatient=_is_cancelled, patience=PATIENCE)
     if not ended.task.done():
         await _disconnect(txn)
-        # It fails now; but if it should not, it may not be stored behind our back.
-        ended = ended.then(await finish(ended.task, impatient=never, patience=math.inf))
+        # It fails now; and if it should not, it may not be stored behind our back.
+        ended = ended.then(await finish(ended.task, impatient=always, patience=PATIENCE))
+    if not ended.task.done():
+        # It waits for no database, then, but in a hook.
+        ended.task.cancel()
+        ended = ended.then(await finish(ended.task, impatient=always, patience=PATIENCE))
     error = _error(ended.task)
     if txn.status == Status.COMMITTED:
         ended.overtake()
@@ -63,6 +68,17 @@ async def commit(txn: ITransaction) -> None:
         raise asyncio.CancelledError from error
     elif error is not None:
         raise error
+
+
+def _committing(txn: ITransaction) -> Coroutine[Any, Any, None]:
+    """Return what commits a transaction, and ends when it is cancelled.
+
+    guillotina's own `commit` only lets go of what it does in a task that nobody else has.
+    """
+    manager = txn.manager
+    if type(manager).commit is TransactionManager.commit:
+        return manager._commit(txn=txn)  # type: ignore[no-any-return]
+    return manager.commit(txn=txn)  # type: ignore[no-any-return]
 
 
 async def abort(txn: ITransaction) -> None:

@@ -10,11 +10,15 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from guillotina_bridge.aio import always, current_task, finish, never, run_in
+from guillotina_bridge.aio import always, current_task, finish, run_in
 
 pytestmark = pytest.mark.anyio
 
 variable: ContextVar[str] = ContextVar("variable", default="unset")
+
+
+def never() -> bool:
+    return False
 
 
 # ------------------------------------------------------------------ finish

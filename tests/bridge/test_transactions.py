@@ -212,6 +212,30 @@ async def test_cancelled_during_the_commit(
     assert "item" in await titles(site)
 
 
+@pytest.mark.parametrize("cancel", CANCELS)
+@pytest.mark.parametrize("phase", ["before", "after"])
+async def test_cancelled_in_a_hook_that_does_not_end(
+    start_site: StartSite,
+    database: Database,
+    phase: str,
+    cancel: Cancel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = await start_site(database, "a")
+    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
+    async with working() as tasks:
+        handle = await tasks(write_and_commit, phase)
+        await cancel_on_stage(handle, cancel)
+        status = await handle.join(timeout=30)
+        assert connections_in_use(site) == 0
+    if phase == "after":  # and so it was stored already
+        assert status == TaskStatus.FINISHED
+        assert "item" in await titles(site)
+    else:
+        assert status == (TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED)
+        assert "item" not in await titles(site)
+
+
 async def set_title(item_id: str, title: str) -> str:
     enter_stage()
     item = await get_current_container().async_get(item_id)
