@@ -33,7 +33,7 @@ from amqp_tasks import (
     TaskStatus,
 )
 
-from .context import SECRET_HEADERS
+from .context import without_credentials
 from .exceptions import TaskNotFoundException
 from .managers import is_custom
 from .service import get_service
@@ -296,12 +296,9 @@ async def _all_ids_of_custom_manager(query: _Query) -> list[str]:
     return [task_id for task_id in ids if task_id.startswith(query.prefix) and task_id > after]
 
 
-def _without_secrets(value: Any) -> Any:
-    """Return JSON without credentials; those who queued a message may have put them there."""
-    if isinstance(value, Mapping):
-        return {
-            key: _without_secrets(inner)
-            for key, inner in value.items()
-            if str(key).lower() not in SECRET_HEADERS
-        }
-    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
+def _without_secrets(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message without credentials; those who queued it may have put them there."""
+    shown, request = dict(job), job.get("req_data")
+    if isinstance(request, Mapping):
+        shown["req_data"] = without_credentials(request)
+    return shown

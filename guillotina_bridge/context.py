@@ -9,15 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_plus
 
 from guillotina import task_vars
-from guillotina.auth.users import ANONYMOUS_USER_ID, ROOT_USER_ID, AnonymousUser, GuillotinaUser
+from guillotina.auth.groups import GuillotinaGroup
+from guillotina.auth.users import (
+    ANONYMOUS_USER_ID,
+    ROOT_USER_ID,
+    AnonymousUser,
+    GuillotinaUser,
+    SystemUser,
+)
 from guillotina.auth.utils import set_authenticated_user
 from guillotina.component import get_utility
 from guillotina.interfaces import (
     ACTIVE_LAYERS_KEY,
     Allow,
+    AllowSingle,
     Deny,
     IApplication,
     IContainer,
@@ -44,15 +52,19 @@ __all__ = [
     "restore_user",
     "serialize_request",
     "serialize_user",
+    "without_credentials",
 ]
 
 log = logging.getLogger(__name__)
 
 SECRET_HEADERS: Final = {"authorization", "cookie", "proxy-authorization"}
-SECRET_PARAMETER: Final = "ws_token="  # noqa: S105  the name of guillotina's, in a query
+SECRET_PARAMETER: Final = "ws_token"  # noqa: S105  the name of guillotina's, in a query
 IN_PATHS: Final = "/:@!$&'()*+,;="
 IN_HOSTS: Final = ":[]"
 """What they may contain beside letters and digits (RFC 3986, 3.2 and 3.3)."""
+
+_SETTINGS: Final = {setting.get_name(): setting for setting in (Allow, AllowSingle, Deny)}
+"""What a role or a permission can be set to, by names that JSON has."""
 
 TASK_VARS: Final = (
     *("request", "authenticated_user", "security_policies", "futures"),
@@ -88,9 +100,7 @@ def serialize_request(request: Request) -> dict[str, Any]:
     # guillotina's own `url` quotes nothing, and cannot be taken apart again.
     host = quote(request.host or "", safe=IN_HOSTS)
     url = f"{request.scheme}://{host}{quote(request.path, safe=IN_PATHS)}"
-    query = "&".join(
-        part for part in request.query_string.split("&") if not part.startswith(SECRET_PARAMETER)
-    )
+    query = _public_query(request.query_string)
     annotations = getattr(request, "annotations", None) or {}
     return {
         "url": f"{url}?{query}" if query else url,
@@ -105,18 +115,42 @@ def serialize_request(request: Request) -> dict[str, Any]:
 
 
 def serialize_user(user: IPrincipal) -> dict[str, Any]:
-    """Return a user as JSON values: id, roles, groups and `data`.
+    """Return a user as JSON values: id, roles, groups and `data`, and whatever else decides
+    what he may do: permissions of his own, and what the groups give that came with him.
 
     Raises:
         ArgumentsError: its data cannot be written as JSON.
     """
-    roles: Mapping[str, Any] = getattr(user, "roles", None) or {}
+    known = getattr(user, "_groups_cache", None) or {}
+    more = {
+        "permissions": _settings_of(user, "permissions"),
+        "properties": _as_json(getattr(user, "properties", None) or {}, "the user's properties"),
+        "group_grants": {
+            name: {key: _settings_of(group, key) for key in ("roles", "permissions")}
+            for name, group in known.items()
+        },
+    }
     return {
         "id": user.id,
-        # The value is a setting or, just as well, 1.
-        "roles": [name for name, setting in roles.items() if setting not in (0, None, Deny, Unset)],
+        "roles": [
+            name
+            for name, setting in _settings_of(user, "roles").items()
+            if _SETTINGS.get(setting, Deny) is not Deny
+        ],
         "groups": list(getattr(user, "groups", None) or ()),
         "data": _as_json(getattr(user, "data", None) or {}, "the user's data"),
+        **{key: value for key, value in more.items() if value},
+    }
+
+
+def _settings_of(principal: IPrincipal, name: str) -> dict[str, str]:
+    """Return roles or permissions with the names of their settings; without those unset."""
+    settings = getattr(principal, name, None) or {}
+    # A setting is an object or, just as well, 1 or 0.
+    return {
+        key: (setting if hasattr(setting, "get_name") else Allow if setting else Deny).get_name()
+        for key, setting in settings.items()
+        if setting not in (None, Unset)
     }
 
 
@@ -130,6 +164,40 @@ def _as_json(value: Any, name: str) -> Any:
 # ------------------------------------------------------------------------ reading
 
 
+def without_credentials(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a message says about a request without the credentials in it, if any.
+
+    guillotina_amqp wrote them down, twice.
+    """
+    clean = {**data, **_public_headers(data)}
+    if isinstance(url := data.get("url"), str):
+        path, _, query = url.partition("?")
+        query = _public_query(query)
+        clean["url"] = f"{path}?{query}" if query else path
+    if isinstance(user := data.get("user"), Mapping):
+        clean["user"] = {
+            **{key: value for key, value in user.items() if key.lower() not in SECRET_HEADERS},
+            **_public_headers(user),
+        }
+    return clean
+
+
+def _public_headers(data: Mapping[str, Any]) -> dict[str, Any]:
+    headers = data.get("headers")
+    if not isinstance(headers, Mapping):
+        return {}
+    return {
+        "headers": {name: headers[name] for name in headers if name.lower() not in SECRET_HEADERS}
+    }
+
+
+def _public_query(query: str) -> str:
+    parts = query.split("&")
+    return "&".join(
+        part for part in parts if unquote_plus(part.partition("=")[0]) != SECRET_PARAMETER
+    )
+
+
 def make_request(base_request: Request | None, serialized: Mapping[str, Any]) -> Request:
     """Return the request that `serialize_request` was given; its body is empty.
 
@@ -137,6 +205,7 @@ def make_request(base_request: Request | None, serialized: Mapping[str, Any]) ->
         base_request: a request whose class and items the new one gets; None for guillotina's
             class, and no items.
     """
+    serialized = without_credentials(serialized)
     scheme, host, path, query = _split(serialized.get("url") or "/")
     headers = list(_headers(serialized, host))
     scope = {
@@ -184,9 +253,8 @@ def _headers(serialized: Mapping[str, Any], host: str) -> Iterator[tuple[bytes, 
     if "host" not in names and host:
         yield b"host", host.encode()
     for name, value in headers.items():
-        if name.lower() not in SECRET_HEADERS:
-            for one in value if isinstance(value, list) else [value]:
-                yield name.encode(), str(one).encode()
+        for one in value if isinstance(value, list) else [value]:
+            yield name.encode(), str(one).encode()
 
 
 def restore_user(data: Mapping[str, Any] | None) -> IPrincipal | None:
@@ -197,13 +265,32 @@ def restore_user(data: Mapping[str, Any] | None) -> IPrincipal | None:
         return get_utility(IApplication, name="root").root_user
     if data["id"] == ANONYMOUS_USER_ID:
         return AnonymousUser()
+    if data["id"] == SystemUser.id:
+        return SystemUser  # guillotina's security policy knows it by the class
     user = GuillotinaUser(
         data["id"],
         groups=list(data.get("groups") or ()),
         roles=dict.fromkeys(data.get("roles") or (), Allow),
+        permissions=_settings(data.get("permissions")),
+        properties=dict(data.get("properties") or {}),
+        groups_cache={
+            name: _restore_group(name, grants)
+            for name, grants in (data.get("group_grants") or {}).items()
+        },
     )
     user.data = dict(data.get("data") or {})
     return user
+
+
+def _restore_group(name: str, grants: Mapping[str, Any]) -> GuillotinaGroup:
+    group = GuillotinaGroup(name)
+    group.roles.update(_settings(grants.get("roles")))
+    group.permissions.update(_settings(grants.get("permissions")))
+    return group
+
+
+def _settings(named: Mapping[str, str] | None) -> dict[str, Any]:
+    return {key: _SETTINGS[name] for key, name in (named or {}).items() if name in _SETTINGS}
 
 
 # ------------------------------------------------------------------------ entering

@@ -17,7 +17,13 @@ from amqp_tasks import Attempt, current_attempt
 
 from . import transaction
 from .aio import run_in
-from .context import clear_task_vars, enter_container, enter_request, find_database
+from .context import (
+    clear_task_vars,
+    enter_container,
+    enter_request,
+    find_database,
+    without_credentials,
+)
 from .exceptions import ObjectNotFoundException
 from .metrics import watch_job
 from .task_vars import amqp_job
@@ -48,6 +54,7 @@ class Job:
         self.attempt = attempt
         self.data: dict[str, Any] = {
             **attempt.extra,
+            "req_data": without_credentials(attempt.extra.get("req_data") or {}),
             "func": attempt.name,
             "args": list(attempt.args),
             "kwargs": dict(attempt.kwargs),
@@ -56,7 +63,7 @@ class Job:
         self.task_id: str = attempt.task_id
         self.db_id: str | None = self.data.get("db_id")
         self.container_id: str | None = self.data.get("container_id") if self.db_id else None
-        self.req_data: dict[str, Any] = self.data.get("req_data") or {}
+        self.req_data: dict[str, Any] = self.data["req_data"]
 
     def __repr__(self) -> str:
         return f"<Job {self.task_id!r} ({self.function_name})>"

@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 from guillotina import task_vars
 from guillotina.auth.users import ANONYMOUS_USER_ID as NOBODY
-from guillotina.auth.users import AnonymousUser, GuillotinaUser
-from guillotina.interfaces import Allow, Deny
+from guillotina.auth.users import AnonymousUser, GuillotinaUser, SystemUser
+from guillotina.content import create_content_in_container
+from guillotina.interfaces import Allow, Deny, Unset
 from guillotina.request import Request
-from guillotina.utils import get_authenticated_user, get_current_request
+from guillotina.utils import (
+    get_authenticated_user,
+    get_current_container,
+    get_current_request,
+    get_security_policy,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +27,7 @@ from guillotina_bridge.context import (
     restore_user,
     serialize_request,
     serialize_user,
+    without_credentials,
 )
 
 from .attempts import StartSite, message, start_site, working
@@ -268,6 +275,79 @@ def test_a_users_roles_are_those_that_count() -> None:
     assert again is not None
     assert again.roles == {"guillotina.Reader": Allow, "guillotina.Editor": Allow}
     assert again.groups == ["g"]
+
+
+async def what_a_user_of_a_group_may() -> dict[str, Any]:
+    await create_content_in_container(get_current_container(), "Item", "item")
+    policy, container = get_security_policy(), get_current_container()
+    return {name: bool(policy.check_permission(name, container)) for name in PERMISSIONS}
+
+
+PERMISSIONS = ["guillotina.AddContent", "guillotina.ManageAddons", "guillotina.DeleteContent"]
+
+
+# Of what guillotina.contrib.catalog.pg imports.
+@pytest.mark.filterwarnings("ignore:mypy_extensions.TypedDict:DeprecationWarning")
+@pytest.mark.anyio
+async def test_what_a_group_in_the_database_may_its_users_tasks_may(
+    start_site: StartSite, database: Database
+) -> None:
+    site = await start_site(
+        database,
+        "a",
+        applications=["guillotina.contrib.dbusers", "tests.bridge.task_site"],
+        auth_user_identifiers=["guillotina.contrib.dbusers.users.DBUserIdentifier"],
+    )
+    group = {"@type": "Group", "id": "editors", "name": "editors"}
+    user = {"@type": "User", "id": "bob", "username": "bob", "password": "bob"}
+    for path, content in (
+        ("@addons", {"id": "dbusers"}),
+        ("groups", {**group, "user_roles": ["guillotina.Owner"]}),
+        ("users", {**user, "user_groups": ["editors"]}),
+    ):
+        response = await site.request("POST", f"/db/a/{path}", json=content)
+        assert response.status_code in (200, 201), response.text
+    response = await site.request("POST", "/db/a/@scheduling", user="bob")
+    assert response.status_code == 200, response.text
+    scheduling = response.json()
+    assert scheduling["seen"]["may_add"], "the test itself: it comes by the group"
+    assert "guillotina.Owner" not in scheduling["seen"]["roles"]
+    async with working() as tasks:
+        may = await tasks.run(what_a_user_of_a_group_may, extra=scheduling["extra"])
+    assert may["guillotina.AddContent"]
+    assert not may["guillotina.ManageAddons"]
+
+
+def test_a_users_own_permissions_and_those_of_his_groups() -> None:
+    group = GuillotinaUser("g", roles={"guillotina.Editor": 1}, permissions={"my.Other": Allow})
+    user = GuillotinaUser(
+        "bob",
+        groups=["g", "unknown"],
+        permissions={"my.Perm": Allow, "guillotina.DeleteContent": Deny, "my.Unset": Unset},
+        properties={"colour": "blue"},
+        groups_cache={"g": group},
+    )
+    data = json.loads(json.dumps(serialize_user(user)))
+    again = restore_user(data)
+    assert again is not None
+    assert again.permissions == {"my.Perm": Allow, "guillotina.DeleteContent": Deny}
+    assert again.properties == {"colour": "blue"}
+    assert again._groups_cache["g"].roles == {"guillotina.Editor": Allow}
+    assert again._groups_cache["g"].permissions == {"my.Other": Allow}
+    assert list(again._groups_cache) == ["g"]
+
+
+def test_the_system_user() -> None:
+    assert restore_user(serialize_user(SystemUser)) is SystemUser
+
+
+@pytest.mark.parametrize(
+    "query", ["ws_token=t0ken&q=1", "ws%5Ftoken=t0ken&q=1", "q=1&%77s_token=t0ken"]
+)
+def test_a_token_in_the_query_is_dropped_however_it_is_written(query: str) -> None:
+    old = {"url": f"http://h/db?{query}", "headers": {"Cookie": "c"}, "user": {"cookie": "c"}}
+    assert without_credentials(old) == {"url": "http://h/db?q=1", "headers": {}, "user": {}}
+    assert make_request(None, old).query_string == "q=1"
 
 
 def test_an_anonymous_user() -> None:
