@@ -171,10 +171,20 @@ class TaskApp:
     # ---------------------------------------------------------------- producing
 
     @asynccontextmanager
-    async def connect(self) -> AsyncGenerator[TaskApp, None]:
+    async def connect(
+        self, *, may_start_without_broker: bool = False, may_lose_broker: bool = False
+    ) -> AsyncGenerator[TaskApp, None]:
         """Connect to the broker and the state store for as long as the block.
 
-        Within it tasks can be called and handles be used, anywhere on this event loop.
+        Within it tasks can be called and handles be used, anywhere on this event loop. While
+        the broker is away, handles work, and calls raise `PublishFailed` after
+        `publish_timeout`.
+
+        Args:
+            may_start_without_broker: begin the block although the broker cannot be used
+                yet: for a program that has other things to do as well.
+            may_lose_broker: go on however long the broker is away, instead of ending the
+                block with an error after `reconnect_timeout`.
 
         Raises:
             BrokerError, StateStoreError: a server cannot be used, and why.
@@ -182,7 +192,12 @@ class TaskApp:
         async with (
             self._io_loop("amqp_tasks client") as io,
             open_client(
-                io, self._servers("amqp_tasks producer"), self.settings, clock=self._clock
+                io,
+                self._servers("amqp_tasks producer"),
+                self.settings,
+                clock=self._clock,
+                may_start_without_broker=may_start_without_broker,
+                may_lose_broker=may_lose_broker,
             ) as client,
         ):
             with self._using(client):
@@ -337,6 +352,9 @@ class TaskApp:
     async def worker(self) -> AsyncGenerator[Worker, None]:
         """Run a worker for as long as the block; leaving it drains the worker.
 
+        Within it tasks can be called and handles be used. That goes by the worker's own
+        connection, or by one of `connect` if there is one, whichever was opened first.
+
         Tasks that still run after `shutdown_grace` seconds are cancelled and given back to
         the queue. When the block is cancelled, or ends with an error, there is no grace.
 
@@ -356,7 +374,7 @@ class TaskApp:
                 clock=self._clock,
             ) as worker,
         ):
-            with self._using(Client(io, worker.producer)):
+            with self._using(Client(io, worker.producer), in_need=True):
                 yield worker
 
     async def run_worker(self) -> None:
@@ -427,16 +445,17 @@ class TaskApp:
             yield io
 
     @contextmanager
-    def _using(self, client: Client) -> Generator[None, None, None]:
+    def _using(self, client: Client, *, in_need: bool = False) -> Generator[None, None, None]:
+        """Let calls use a client for as long as the block; or only if there is no other."""
         entry = (anyio.lowlevel.current_token(), client)
-        self._clients.append(entry)
+        self._clients.insert(0 if in_need else len(self._clients), entry)
         try:
             yield
         finally:
             self._clients.remove(entry)
 
     def _client(self) -> Client:
-        """Return the client that was opened last on the event loop of the caller."""
+        """Return the client of the caller's event loop: a connection's, or else a worker's."""
         token = anyio.lowlevel.current_token()
         for loop, client in reversed(self._clients):
             if loop == token:

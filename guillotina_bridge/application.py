@@ -96,6 +96,8 @@ async def start_service(event: IApplicationInitializedEvent) -> None:
         return
     try:
         service = _service_of_this_process()
+        if service is None:
+            return
         await service.start()
     except AmqpTasksError as error:
         _end_command(error)
@@ -115,11 +117,12 @@ async def stop_service(event: IApplicationCleanupEvent) -> None:
             log.error("it could not be stopped in good order: %s", entry[1].error)
 
 
-def _service_of_this_process() -> BridgeService:
+def _service_of_this_process() -> BridgeService | None:
     settings = read_settings(app_settings)
     if not _is_server():
-        # `g shell`, `g migrate`...: whoever runs them has something else in mind than tasks.
-        return assemble(settings, "producer", keep_trying=True)
+        # `g shell`, `g migrate`...: whoever runs them has something else in mind than tasks. In
+        # memory these would end with the process, undone: there it takes none.
+        return None if settings.in_memory else assemble(settings, "producer", keep_trying=True)
     if settings.in_memory and not settings.embedded_worker:
         raise SettingsError(
             f"amqp.persistent_manager={settings.persistent_manager!r} keeps tasks in the memory of "

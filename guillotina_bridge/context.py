@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, unquote, unquote_plus
 
-from guillotina import task_vars
+from guillotina import app_settings, task_vars
 from guillotina.auth.groups import GuillotinaGroup
 from guillotina.auth.users import (
     ANONYMOUS_USER_ID,
@@ -41,6 +41,7 @@ from zope.interface import alsoProvides
 from amqp_tasks import ArgumentsError
 
 from .exceptions import ContainerNotFound
+from .settings import secret_headers
 
 __all__ = [
     "clear_task_vars",
@@ -57,7 +58,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SECRET_HEADERS: Final = {"authorization", "cookie", "proxy-authorization"}
 SECRET_PARAMETER: Final = "ws_token"  # noqa: S105  the name of guillotina's, in a query
 IN_PATHS: Final = "/:@!$&'()*+,;="
 IN_HOSTS: Final = ":[]"
@@ -101,14 +101,14 @@ def serialize_request(request: Request) -> dict[str, Any]:
     host = quote(request.host or "", safe=IN_HOSTS)
     url = f"{request.scheme}://{host}{quote(request.path, safe=IN_PATHS)}"
     query = _public_query(request.query_string)
-    annotations = getattr(request, "annotations", None) or {}
+    annotations, secret = getattr(request, "annotations", None) or {}, secret_headers(app_settings)
     return {
         "url": f"{url}?{query}" if query else url,
         "method": request.method,
         "headers": {
             str(name): values[0] if len(values) == 1 else values
             for name in dict.fromkeys(request.headers)
-            if name.lower() not in SECRET_HEADERS and (values := request.headers.getall(name))
+            if name.lower() not in secret and (values := request.headers.getall(name))
         },
         "annotations": _as_json(annotations, "the request's annotations"),
     }
@@ -175,20 +175,18 @@ def without_credentials(data: Mapping[str, Any]) -> dict[str, Any]:
         query = _public_query(query)
         clean["url"] = f"{path}?{query}" if query else path
     if isinstance(user := data.get("user"), Mapping):
-        clean["user"] = {
-            **{key: value for key, value in user.items() if key.lower() not in SECRET_HEADERS},
-            **_public_headers(user),
-        }
+        clean["user"] = {**_without_secret(user), **_public_headers(user)}
     return clean
 
 
 def _public_headers(data: Mapping[str, Any]) -> dict[str, Any]:
     headers = data.get("headers")
-    if not isinstance(headers, Mapping):
-        return {}
-    return {
-        "headers": {name: headers[name] for name in headers if name.lower() not in SECRET_HEADERS}
-    }
+    return {"headers": _without_secret(headers)} if isinstance(headers, Mapping) else {}
+
+
+def _without_secret(headers: Mapping[str, Any]) -> dict[str, Any]:
+    secret = secret_headers(app_settings)
+    return {name: value for name, value in headers.items() if name.lower() not in secret}
 
 
 def _public_query(query: str) -> str:

@@ -13,7 +13,7 @@ from guillotina.db.transaction import Status
 from guillotina.exceptions import ConflictError
 from guillotina.interfaces import IDatabase
 
-from amqp_tasks import Attempt, current_attempt
+from amqp_tasks import Attempt, UnknownTask, current_attempt
 
 from . import transaction
 from .aio import run_in
@@ -25,6 +25,7 @@ from .context import (
     without_credentials,
 )
 from .exceptions import ObjectNotFoundException
+from .functions import find_function
 from .metrics import watch_job
 from .task_vars import amqp_job
 
@@ -64,6 +65,8 @@ class Job:
         self.db_id: str | None = self.data.get("db_id")
         self.container_id: str | None = self.data.get("container_id") if self.db_id else None
         self.req_data: dict[str, Any] = self.data["req_data"]
+        self.container_entered = ""
+        """Id of its container, once that is known to be there."""
 
     def __repr__(self) -> str:
         return f"<Job {self.task_id!r} ({self.function_name})>"
@@ -87,11 +90,22 @@ async def run_attempt(call: Call) -> Any:
         ContainerNotFound: the container has been deleted, and the task fails for good.
     """
     job = Job(current_attempt())
-    with watch_job(job.function_name, job.container_id):
+    with watch_job(_known_name(job), lambda: job.container_entered):
         if job.db_id is None:
             return await run_in(copy_context(), _in_context(call, job, None, 0))
         db = await find_database(job.db_id)
         return await _until_no_conflict(call, job, db)
+
+
+def _known_name(job: Job) -> str:
+    """Return the name of the function if there is one; anybody could have made others up."""
+    kind, separated, name = job.function_name.partition("/")
+    try:
+        if separated:
+            find_function(name)
+    except UnknownTask:
+        return f"{kind}/unknown"
+    return job.function_name
 
 
 async def _until_no_conflict(call: Call, job: Job, db: IDatabase) -> Any:
@@ -130,6 +144,7 @@ async def _in_transaction(call: Call, job: Job, db: IDatabase) -> Any:
     try:
         if job.container_id is not None:
             await enter_container(job.container_id, task_vars.request.get())
+            job.container_entered = job.container_id
         result = await call()
         # Not always the first one: a task may commit that, and begin another.
         last = task_vars.txn.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Final
 
@@ -32,8 +32,13 @@ _OF_NO_ACCOUNT: Final = {CancelReason.SHUTDOWN, CancelReason.LEASE_LOST}
 
 
 @contextmanager
-def watch_job(dotted_name: str, container_id: str | None) -> Generator[None, None, None]:
-    """Measure the running attempt, which is the block."""
+def watch_job(dotted_name: str, container_id: Callable[[], str]) -> Generator[None, None, None]:
+    """Measure the running attempt, which is the block.
+
+    Args:
+        dotted_name: of the function.
+        container_id: asked at the end. There have to be few of both, in all.
+    """
     began = time.monotonic()
     error: BaseException | None = None
     RUNNING_JOBS.inc()
@@ -46,7 +51,7 @@ def watch_job(dotted_name: str, container_id: str | None) -> Generator[None, Non
         RUNNING_JOBS.dec()
         status = _final_status(error)
         if status is not None:
-            labels = JOB_DURATION.labels(dotted_name, status, container_id or "")
+            labels = JOB_DURATION.labels(dotted_name, status, container_id())
             labels.observe(time.monotonic() - began)
 
 

@@ -16,7 +16,7 @@ For who runs tasks::
 
     mirror = Mirror()
     app = TaskApp(middleware=[mirror.middleware, run_attempt], ...)
-    async with app.worker() as worker, app.connect(), mirror.open(app):
+    async with app.connect(), app.worker() as worker, mirror.open(app):
         ...                         # and, before it is left,
         worker.stop(grace)
         await worker.wait_ended()   # so that all ends are written down

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import Context
 from typing import Any, Final, Literal
@@ -22,13 +22,11 @@ import anyio
 from anyio.abc import TaskGroup
 
 from amqp_tasks import (
-    AmqpTasksError,
     BrokerError,
     NotConnected,
     StateStoreError,
     TaskApp,
     Worker,
-    current_attempt,
 )
 
 from .exceptions import AMQPConfigurationNotFoundError
@@ -59,13 +57,14 @@ def get_service() -> BridgeService:
     if not _open:
         raise AMQPConfigurationNotFoundError(
             "guillotina_bridge does not run: it must be among guillotina's applications, and "
-            "guillotina must have been started, and not be stopped"
+            "guillotina must have been started, and not be stopped; and with tasks in the memory "
+            "of a process (amqp.persistent_manager='memory') only `g serve` can have any"
         )
     return _open[-1]
 
 
 class BridgeService:
-    """Holds `TaskApp.connect`, or `TaskApp.worker`, open.
+    """Holds `TaskApp.connect` open, and within it, if it has one, `TaskApp.worker`.
 
     Args:
         app: not connected yet.
@@ -96,13 +95,15 @@ class BridgeService:
         self._owner: asyncio.Task[None] | None = None
         self._worker: Worker | None = None
         self._problem: Exception | None = None
-        """Why it is not connected, if it should be."""
+        """Why it is not connected, if it should be: its states cannot be used."""
         self._error: Exception | None = None
         """What it has ended by."""
         self._first: asyncio.Future[None]
         """Done when it is known what became of the first attempt to open it."""
         self._scope = anyio.CancelScope()
-        self._is_up = False
+        self._is_connected = self._is_up = False
+        """Up: the worker is, too, if there is to be one."""
+        self._work_scope = anyio.CancelScope()
         self._stop_called = anyio.Event()
         self._grace = app.settings.shutdown_grace
         self._spawned: TaskGroup | None = None
@@ -118,10 +119,9 @@ class BridgeService:
         """The app, to queue tasks with and to look at them.
 
         Raises:
-            NotConnected: the servers cannot be used now, and why; it tries again by itself.
+            NotConnected: the states cannot be used yet, and why; it tries again by itself.
         """
-        # A task that runs has a connection, whatever we know of it yet.
-        if self._problem is not None and not _is_in_a_task():
+        if self._problem is not None:
             raise NotConnected(
                 f"tasks cannot be queued or looked at now: {self._problem}; tried again in the "
                 "background"
@@ -165,10 +165,12 @@ class BridgeService:
         if grace is not None:
             self._grace = min(grace, self._grace)
         self._stop_called.set()
-        if not self._is_up:
+        if not self._is_connected:
             self._scope.cancel()
         elif self._worker is not None:
             self._worker.stop(self._grace)
+        elif not self._is_up:
+            self._work_scope.cancel()
         if self._grace <= 0:
             self._last_has_ended.set()
 
@@ -216,7 +218,7 @@ class BridgeService:
             with self._scope:
                 async with anyio.create_task_group() as self._spawned:
                     try:
-                        await self._stay_open()
+                        await self._again_and_again(self._stay_connected)
                     except Exception as error:
                         self._error = error
                     self._spawned.cancel_scope.cancel()
@@ -226,19 +228,20 @@ class BridgeService:
             if not self._first.done():
                 self._first.set_result(None)
 
-    async def _stay_open(self) -> None:
+    async def _again_and_again(self, stay: Callable[[], Awaitable[None]]) -> None:
+        """Stay open until it is told to stop; open again what servers have ended."""
         pause = FIRST_PAUSE
         while not self._stop_called.is_set():
             was_up = False
             try:
-                await (self._produce() if self.role == "producer" else self._work())
+                await stay()
             except Exception as raised:
                 error = _one_of(raised)
                 was_up, self._is_up = self._is_up, False
-                self._worker, self.worker_id = None, None
                 if not self._may_try_again(error):
                     raise error from None
-                self._problem = error
+                if not self._is_connected:
+                    self._problem = error
                 log.error("%s; tried again in the background", error, exc_info=_unless_known(error))
                 self._is_known()
             pause = FIRST_PAUSE if was_up else pause
@@ -251,30 +254,38 @@ class BridgeService:
             return False
         return self._first.done() or (self._keep_trying and _unless_known(error) is None)
 
-    async def _produce(self) -> None:
-        async with self._app.connect():
-            self._up()
-            await self._stop_called.wait()
-            await self._end_of_spawned()
-
-    async def _work(self) -> None:
-        # The worker first: then what is queued goes by the connection, which ends after it.
-        # What was spawned by the last task that ran can still be queued.
-        async with self._app.worker() as self._worker:
-            self.worker_id = self._worker.id
-            async with self._app.connect():
-                async with self._beside(self._app):
+    async def _stay_connected(self) -> None:
+        # Around the worker: what its last tasks have spawned can still be queued.
+        async with self._app.connect(
+            may_start_without_broker=self._keep_trying, may_lose_broker=self.role != "command"
+        ):
+            self._is_connected, self._problem = True, None
+            try:
+                if self.role == "producer":
                     self._up()
                     await self._stop_called.wait()
-                    self._worker.stop(self._grace)
-                    await self._worker.wait_ended()
+                else:
+                    await self._again_and_again(self._work)
                 await self._end_of_spawned()
-        self._worker, self.worker_id = None, None
+            finally:
+                self._is_connected = False
+
+    async def _work(self) -> None:
+        try:
+            with anyio.CancelScope() as self._work_scope:
+                async with self._app.worker() as worker, self._beside(self._app):
+                    self._worker, self.worker_id = worker, worker.id
+                    self._up()
+                    await self._stop_called.wait()
+                    worker.stop(self._grace)
+                    await worker.wait_ended()
+        finally:
+            self._worker, self.worker_id = None, None
 
     def _up(self) -> None:
-        if self._problem is not None:
-            log.warning("connected again")
-        self._is_up, self._problem = True, None
+        if self._first.done():
+            log.warning("the servers can be used again")
+        self._is_up = True
         self._is_known()
 
     def _is_known(self) -> None:
@@ -302,14 +313,6 @@ class BridgeService:
         # What they do ends by itself within that.
         with anyio.move_on_after(settings.publish_timeout + 2 * settings.state_timeout):
             await self._last_has_ended.wait()
-
-
-def _is_in_a_task() -> bool:
-    try:
-        current_attempt()
-    except AmqpTasksError:
-        return False
-    return True
 
 
 def _one_of(error: Exception) -> Exception:

@@ -20,7 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from amqp_tasks import Settings, SettingsError, TaskApp
 
-__all__ = ["DEFAULTS", "BridgeSettings", "address", "read_settings", "served_packages"]
+__all__ = [
+    "DEFAULTS",
+    "BridgeSettings",
+    "address",
+    "read_settings",
+    "secret_headers",
+    "served_packages",
+]
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     # guillotina_amqp's names, and its values
@@ -54,6 +61,9 @@ _OBSOLETE: Final = {
 }
 _UNSERVED: Final = ("guillotina", "guillotina_bridge")
 """Applications, as they are, whose functions are no tasks."""
+
+SECRET_HEADERS: Final = frozenset({"authorization", "cookie", "proxy-authorization"})
+"""Of requests; in small letters."""
 
 _BY_OTHER_NAMES: Final = {"state_prefix": "redis_prefix_key"}
 """Where a setting of amqp_tasks comes from, if it is not in the section under its own name."""
@@ -106,8 +116,6 @@ class BridgeSettings:
     after_commit_wait: float
     """Seconds that a hook waits for the queueing of a task while it has a connection to the
     database."""
-    served: tuple[str, ...]
-    """Packages and modules whose functions messages may name."""
     warnings: tuple[str, ...]
     """What people are to be told, once."""
 
@@ -128,6 +136,8 @@ def read_settings(app_settings: Mapping[str, Any]) -> BridgeSettings:
         raise SettingsError(f"amqp={section!r:.100}: must be a mapping of settings")
     given = {**DEFAULTS, **section}
     own = _read(_Own, given, "amqp")
+    for check in (served_packages, secret_headers):
+        check(app_settings)
     if own.embedded_worker and own.on_broker_down == "retry":
         raise SettingsError(
             "amqp.on_broker_down='retry': must be 'fail' with amqp.embedded_worker, which has "
@@ -144,7 +154,6 @@ def read_settings(app_settings: Mapping[str, Any]) -> BridgeSettings:
         embedded_worker=own.embedded_worker,
         on_broker_down=own.on_broker_down,
         after_commit_wait=own.after_commit_wait,
-        served=served_packages(app_settings),
         warnings=tuple(_warnings(section, own, library)),
     )
 
@@ -154,11 +163,23 @@ def served_packages(app_settings: Mapping[str, Any]) -> tuple[str, ...]:
 
     Those are the configured applications, those that they depend on, and what
     ``amqp.serve`` names; of guillotina's own none.
+
+    Raises:
+        SettingsError: ``amqp.serve`` is no list of names.
     """
-    more = (app_settings.get("amqp") or {}).get("serve") or ()
-    if isinstance(more, str):
-        more = [name.strip() for name in more.split(",") if name.strip()]
-    return _with_dependencies(tuple(app_settings.get("applications") or ()), tuple(more))
+    applications = tuple(app_settings.get("applications") or ())
+    return _with_dependencies(applications, _names(app_settings, "serve"))
+
+
+def secret_headers(app_settings: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names, in small letters, of headers that are written into no message.
+
+    Those are what carries credentials by standard, and what ``amqp.secret_headers`` names.
+
+    Raises:
+        SettingsError: ``amqp.secret_headers`` is no list of names.
+    """
+    return SECRET_HEADERS.union(name.lower() for name in _names(app_settings, "secret_headers"))
 
 
 def address(url: str) -> str:
@@ -223,6 +244,18 @@ def _with_dependencies(applications: tuple[str, ...], more: tuple[str, ...]) -> 
 # ------------------------------------------------------------------------ checking
 
 
+def _names(app_settings: Mapping[str, Any], setting: str) -> tuple[str, ...]:
+    """Return a setting of names, which are a list, or one text with commas."""
+    value = (app_settings.get("amqp") or {}).get(setting) or ()
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    if isinstance(value, list | tuple) and all(name and isinstance(name, str) for name in value):
+        return tuple(value)
+    raise SettingsError(
+        f"amqp.{setting}={value!r:.200}: must be a list of names, or one text with commas between"
+    )
+
+
 def _read(model: Any, values: Mapping[str, Any], section: str) -> Any:
     try:
         return model(**values)
@@ -264,7 +297,7 @@ def _as_demand(text: str) -> str:
 
 
 def _warnings(section: Mapping[str, Any], own: _Own, library: Settings) -> Iterator[str]:
-    known = [*_Own.model_fields, *Settings.model_fields]
+    known = [*_Own.model_fields, *Settings.model_fields, "secret_headers"]
     is_custom = own.persistent_manager not in ("memory", "redis")
     for name in section:
         if name in _OBSOLETE:

@@ -65,10 +65,24 @@ class Client:
 class _ClientService:
     """The part of a client that runs on the I/O loop, and is made there."""
 
-    def __init__(self, servers: Servers, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        servers: Servers,
+        settings: Settings,
+        clock: Callable[[], float],
+        may_start_without: bool,
+        may_lose: bool,
+    ) -> None:
         store = servers.make_store()
         self._state = StateClient(store)
-        self._link = Link(servers.make_broker(), self._state, servers.topology, settings)
+        self._link = Link(
+            servers.make_broker(),
+            self._state,
+            servers.topology,
+            settings,
+            may_start_without=may_start_without,
+            may_lose=may_lose,
+        )
         owner = new_incarnation()
         self.producer = Producer(
             self._link,
@@ -88,11 +102,19 @@ class _ClientService:
 
 @asynccontextmanager
 async def open_client(
-    io: IoLoop, servers: Servers, settings: Settings, *, clock: Callable[[], float]
+    io: IoLoop,
+    servers: Servers,
+    settings: Settings,
+    *,
+    clock: Callable[[], float],
+    may_start_without_broker: bool,
+    may_lose_broker: bool,
 ) -> AsyncGenerator[Client, None]:
     """Connect a producer for as long as the block."""
     with single_error() as edge:
-        service = await io.make(_ClientService, servers, settings, clock)
+        service = await io.make(
+            _ClientService, servers, settings, clock, may_start_without_broker, may_lose_broker
+        )
         async with anyio.create_task_group() as tasks:
             await tasks.start(io.serve, service.run)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -65,8 +66,9 @@ def pauses() -> Callable[[], float]:
 class Link:
     """The broker's connection, and the state store to go with it. `run` is its service.
 
-    Connecting for the first time has to succeed; a broker that goes away later is
-    reconnected to until `reconnect_timeout` is over.
+    Args:
+        may_start_without: whether connecting for the first time may fail like any other time.
+        may_lose: whether to go on for ever when it is away, not only for `reconnect_timeout`.
     """
 
     def __init__(
@@ -75,6 +77,9 @@ class Link:
         state: StateClient,
         topology: Topology,
         settings: Settings,
+        *,
+        may_start_without: bool = False,
+        may_lose: bool = False,
     ) -> None:
         self.broker = broker
         self.state = state
@@ -82,8 +87,12 @@ class Link:
         self.use_session: SessionUser | None = None
         self.beacon: Beacon | None = None
         self._settings = settings
+        self._may_start_without = may_start_without
+        self._patience = math.inf if may_lose else settings.reconnect_timeout
         self._session: BrokerSession | None = None
         self._connected = anyio.Event()
+        self._problem: object = None
+        """Why there is no session, if there was one or has been an attempt."""
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Connect, report the start, and stay connected until cancelled.
@@ -91,9 +100,13 @@ class Link:
         Raises:
             BrokerError: the broker cannot be used, or could not be reached again in time.
         """
-        await self._one_session(task_status)
+        if self._may_start_without:
+            task_status.started()
+            await self._connect_in_time(at_once=True)
+        else:
+            await self._one_session(task_status)
         while True:
-            await self._reconnect()
+            await self._connect_in_time(at_once=False)
 
     async def publish(self, publication: Publication) -> None:
         """Publish, and return when the broker has confirmed.
@@ -108,7 +121,7 @@ class Link:
         if self._session is None:
             raise PublishFailed(
                 f"no connection to {self.broker.address} within {timeout:g} s "
-                "(publish_timeout); nothing was queued",
+                f"(publish_timeout): {self._problem or 'none yet'}; nothing was queued",
                 maybe=False,
             )
         left = timeout - (anyio.current_time() - began)
@@ -140,24 +153,31 @@ class Link:
                 log.warning("the state store does not serve: %s", error)
                 await anyio.sleep(pause())
 
-    async def _reconnect(self) -> None:
-        lost_at, pause = anyio.current_time(), pauses()
+    async def _connect_in_time(self, *, at_once: bool) -> None:
+        """Have a session, as soon as there can be one; return when it is over."""
+        began, pause = anyio.current_time(), pauses()
         while True:
-            await anyio.sleep(pause())
+            if not at_once:
+                await anyio.sleep(pause())
+            at_once = False
             try:
                 return await self._one_session(anyio.TASK_STATUS_IGNORED)
             # Whatever it says: a broker that is starting refuses logins and misses queues.
             except BrokerError as error:
-                down, limit = anyio.current_time() - lost_at, self._settings.reconnect_timeout
+                down, limit = anyio.current_time() - began, self._patience
                 if down > limit:
                     raise BrokerUnavailable(
                         f"{error} (for {down:.0f} s; reconnect_timeout={limit:g})"
                     ) from error
-                log.warning("cannot reconnect: %s", error)
+                self._problem = error
+                log.warning("cannot connect, tried again: %s", error)
 
     async def _one_session(self, task_status: TaskStatus[None]) -> None:
         async with self.broker.session() as session:
             await self._declare(session)
+            if self._problem is not None:
+                log.warning("connected to %s again", self.broker.address)
+                self._problem = None
             self._session = session
             self._connected.set()
             task_status.started()
@@ -166,6 +186,7 @@ class Link:
             finally:
                 self._session = None
                 self._connected = anyio.Event()
+            self._problem = reason
             # Before the session is closed, which takes seconds if nobody answers.
             log.warning("lost the connection to %s: %s", self.broker.address, reason)
 

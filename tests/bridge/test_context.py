@@ -110,6 +110,22 @@ async def test_a_message_has_no_credentials(start_site: StartSite, database: Dat
 
 
 @pytest.mark.anyio
+async def test_headers_that_are_said_to_be_secret_are_in_no_message(
+    start_site: StartSite, database: Database
+) -> None:
+    site = await start_site(database, "a", amqp={"secret_headers": ["X-API-Key"]})
+    headers = {"x-api-key": "k3y", "x-other": "1"}
+    response = await site.request("POST", "/db/a/@scheduling", headers=headers)
+    sent = response.json()["extra"]["req_data"]["headers"]
+    assert (sent.get("x-api-key"), sent.get("x-other")) == (None, "1")
+    # Nor does a task see them that somebody else has put there.
+    extra = message()
+    extra["req_data"]["headers"] = {"Host": "testserver", "X-Api-Key": "k3y"}
+    async with working() as tasks:
+        assert "k3y" not in str(await tasks.run(look, extra=extra))
+
+
+@pytest.mark.anyio
 async def test_a_message_of_guillotina_amqp(start_site: StartSite, database: Database) -> None:
     site = await start_site(database, "a")
     await site.request("POST", "/db/a/@addons", json={"id": "layered"})

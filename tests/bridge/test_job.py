@@ -23,8 +23,10 @@ from guillotina.utils import (
     get_database,
     navigate_to,
 )
+from prometheus_client import REGISTRY
 
 from amqp_tasks import MessageType, RemoteTaskError, TaskStatus, current_attempt
+from guillotina_bridge import utils
 from guillotina_bridge.context import enter_container, enter_request
 from guillotina_bridge.exceptions import ObjectNotFoundException
 from guillotina_bridge.job import run_attempt
@@ -392,6 +394,39 @@ async def test_an_object_that_is_gone(
         assert await handle.status() == TaskStatus.FINISHED
     assert notes == ["begun"]
     assert await stored(site) == set()
+
+
+# ------------------------------------------------------------------ metrics
+
+
+def labels() -> set[tuple[str, str, str]]:
+    """Name, final status and container of all attempts that were ever measured."""
+    return {
+        (each["dotted_name"], each["final_status"], each["container_id"])
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "amqp_job_duration_count"
+        for each in [sample.labels]
+    }
+
+
+async def test_what_a_message_makes_up_is_no_label(
+    start_site: StartSite, database: Database
+) -> None:
+    await start_site(database, "a")
+    served = "tests.bridge.task_site.what_is_seen"
+    async with working() as tasks:
+        await (await tasks(utils._run_object_task, "made.up", "/")).join(timeout=30)
+        await (await tasks(utils._run_object_task, served, "/")).join(timeout=30)
+        await (await tasks(create_item, "item", extra=message("made-up"))).join(timeout=30)
+        await (await tasks(create_item, "item")).join(timeout=30)
+    assert {
+        ("run_object_task/unknown", "errored", "a"),
+        (f"run_object_task/{served}", "errored", "a"),  # it takes no object
+        (f"{__name__}.create_item", "errored", ""),
+        (f"{__name__}.create_item", "finished", "a"),
+    } <= labels()
+    assert "made" not in str(labels())
 
 
 # ------------------------------------------------------------------ futures

@@ -54,7 +54,7 @@ def counts(name: str, container: str = "a") -> dict[str, float]:
 
 def app_in_memory(name: str, container: str | None = "a", **settings: Any) -> TaskApp:
     async def middleware(call: Call) -> Any:
-        with watch_job(name, container):
+        with watch_job(name, lambda: container or ""):
             return await call()
 
     app = TaskApp(

@@ -125,18 +125,24 @@ def test_wrong_settings_are_exit_code_2(
     assert named in one_line(server)
 
 
+@pytest.mark.parametrize(
+    ("which", "away", "back"),
+    [
+        ("amqp", "cannot connect, tried again: ", " again\n"),
+        ("redis", "; tried again in the background", "the servers can be used again"),
+    ],
+)
 def test_a_producer_can_go_on_without_servers(
-    start_server: StartServer,
-    configuration: Settings,
+    start_server: StartServer, configuration: Settings, which: str, away: str, back: str
 ) -> None:
-    with TcpProxy(configuration["amqp"]["port"]).running() as proxy:
+    with TcpProxy(configuration[which]["port"]).running() as proxy:
         proxy.refuse()
-        configuration["amqp"]["port"] = proxy.port
+        configuration[which]["port"] = proxy.port
         server = start_server(on_broker_down="retry")
         assert f"{proxy.port}" in server.output()
-        assert "tried again in the background" in server.output()
+        assert away in server.output()
         proxy.restore()
-        eventually(lambda: "connected again" in server.output())
+        eventually(lambda: back in server.output())
         assert stopped(server) == []
 
 

@@ -21,8 +21,10 @@ from guillotina.events import ApplicationCleanupEvent, ApplicationInitializedEve
 from amqp_tasks import (
     BrokerUnavailable,
     NotConnected,
+    PublishFailed,
     SettingsError,
     StateStoreError,
+    Task,
     TaskApp,
     TaskHandle,
     TaskStatus,
@@ -260,10 +262,21 @@ async def test_other_commands_do_not_need_servers_and_are_no_workers(
 ) -> None:
     monkeypatch.setitem(app_settings, "__run_command__", command)
     server_settings["amqp"] |= {"port": free_port(), "embedded_worker": True}
+    server_settings["amqp"]["publish_timeout"] = 0.5
     await start_guillotina(**server_settings)
     assert get_service().role == "producer"
-    with pytest.raises(NotConnected, match=str(server_settings["amqp"]["port"])):
-        _ = get_service().app
+    with pytest.raises(PublishFailed, match=str(server_settings["amqp"]["port"])):
+        await get_service().app.add_task(test_site.add.func, 1, 2)
+
+
+@pytest.mark.parametrize("command", ["shell", "migrate"])
+async def test_other_commands_take_no_tasks_into_their_memory(
+    start_guillotina: StartGuillotina, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setitem(app_settings, "__run_command__", command)
+    await start_guillotina()
+    with pytest.raises(AMQPConfigurationNotFoundError, match="only `g serve` can have any"):
+        await test_site.add(1, 2)
 
 
 async def test_warnings_are_said_once_at_the_start(
@@ -390,10 +403,16 @@ async def test_it_can_be_cancelled_by_force() -> None:
 # ------------------------------------------------------------------------ servers away
 
 
+async def log_has(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    with anyio.fail_after(30):
+        while text not in caplog.text:
+            await asyncio.sleep(0.02)
+
+
 async def queued_when_connected(service: BridgeService, name: str) -> TaskHandle[Any]:
     with anyio.fail_after(30):
         while True:
-            with contextlib.suppress(NotConnected):
+            with contextlib.suppress(NotConnected, PublishFailed):
                 return await service.app.add_task(nap, name)
             await asyncio.sleep(0.05)
 
@@ -403,7 +422,24 @@ async def test_a_producer_may_start_without_servers(
 ) -> None:
     with TcpProxy(server_settings["amqp"]["port"]).running() as proxy:
         proxy.refuse()
-        server_settings["amqp"]["port"] = proxy.port
+        server_settings["amqp"] |= {"port": proxy.port, "publish_timeout": 0.5}
+        service = make_service("producer", keep_trying=True, settings=server_settings)
+        async with running(service):
+            with pytest.raises(PublishFailed, match=f"{proxy.port}.*nothing was queued"):
+                await service.app.add_task(nap, "in vain")
+            assert f"{proxy.port}" in caplog.text
+            assert await service.app.list_tasks() == []
+            proxy.restore()
+            handle = await queued_when_connected(service, "once more")
+            assert await handle.status() is TaskStatus.SCHEDULED
+
+
+async def test_a_producer_may_start_without_states(
+    server_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with TcpProxy(server_settings["redis"]["port"]).running() as proxy:
+        proxy.refuse()
+        server_settings["redis"]["port"] = proxy.port
         service = make_service("producer", keep_trying=True, settings=server_settings)
         async with running(service):
             with pytest.raises(NotConnected, match=f"{proxy.port}.*tried again in the background"):
@@ -416,10 +452,11 @@ async def test_a_producer_may_start_without_servers(
             assert await handle.status() is TaskStatus.SCHEDULED
 
 
-async def test_stopping_ends_its_attempts_to_connect(server_settings: Settings) -> None:
-    with TcpProxy(server_settings["amqp"]["port"]).running() as proxy:
+@pytest.mark.parametrize("which", ["amqp", "redis"])
+async def test_stopping_ends_its_attempts_to_connect(server_settings: Settings, which: str) -> None:
+    with TcpProxy(server_settings[which]["port"]).running() as proxy:
         proxy.refuse()
-        server_settings["amqp"]["port"] = proxy.port
+        server_settings[which]["port"] = proxy.port
         service = make_service("producer", keep_trying=True, settings=server_settings)
         async with running(service):
             proxy.restore()
@@ -436,16 +473,21 @@ async def test_lost_servers_do_not_end_it(
 ) -> None:
     with TcpProxy(server_settings["amqp"]["port"]).running() as proxy:
         server_settings["amqp"] |= {"port": proxy.port, "reconnect_timeout": 0.1}
+        server_settings["amqp"]["publish_timeout"] = 0.5
         service = make_service(role, settings=server_settings)
         async with running(service):
             first = service.worker_id
+            known = await service.app.add_task(nap, "known")
             proxy.refuse()
             proxy.cut()
-            with anyio.fail_after(30):
-                while not [r for r in caplog.records if r.levelno == logging.ERROR]:
-                    await asyncio.sleep(0.02)
-            with pytest.raises(NotConnected, match=r"reconnect_timeout=0\.1"):
-                _ = service.app
+            await log_has(caplog, "reconnect_timeout=0.1" if role == "embedded" else "tried again")
+            # States can be looked at all the while, and it is they that say what has failed.
+            assert await known.status() in (TaskStatus.SCHEDULED, TaskStatus.RUNNING)
+            lost: Task[Any, Any] = Task(nap, service.app)
+            lost = lost.options(task_id="lost", keep_unqueued=True)
+            with pytest.raises(PublishFailed, match=str(proxy.port)):
+                await lost("lost")
+            assert (await service.app.handle("lost").state()).reason == "not_queued"
             proxy.restore()
             handle = await queued_when_connected(service, "again")
             if role == "embedded":

@@ -15,6 +15,7 @@ from guillotina_bridge.settings import (
     BridgeSettings,
     address,
     read_settings,
+    secret_headers,
     served_packages,
 )
 
@@ -341,7 +342,22 @@ def test_applications_and_those_they_depend_on_are_served() -> None:
     }
     assert served_packages(settings) == ("tests.bridge.site", "other.tasks")
     assert served_packages({"applications": None, "amqp": {"serve": "a, b"}}) == ("a", "b")
-    assert read_settings(settings).served == ("tests.bridge.site", "other.tasks")
+
+
+@pytest.mark.parametrize("name", ["serve", "secret_headers"])
+@pytest.mark.parametrize("value", [5, {"shop": 1}, ["shop", 5], [""]])
+def test_names_that_are_none(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"amqp\.{name}=.*must be a list of names"):
+        read_settings({"amqp": {name: value}})
+
+
+@pytest.mark.parametrize("value", [["X-Api-Key", "x-token"], "X-API-Key, X-Token"])
+def test_secret_headers_are_these_and_those_of_the_standard(value: Any) -> None:
+    settings = {"amqp": {"secret_headers": value}}
+    standard = {"authorization", "cookie", "proxy-authorization"}
+    assert secret_headers(settings) == standard | {"x-api-key", "x-token"}
+    assert secret_headers({}) == standard
+    assert [text for text in read_settings(settings).warnings if "secret" in text] == []
 
 
 def test_dependencies_are_found_at_any_depth(

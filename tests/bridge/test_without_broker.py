@@ -127,6 +127,37 @@ async def test_the_answer_comes_and_the_task_is_errored(
 
 
 async def test_so_it_is_if_there_never_was_a_broker(
+    start_guillotina: StartGuillotina,
+    server_settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def now(context: Any, request: Request) -> None:
+        with pytest.raises(PublishFailed, match="nobody listens there"):
+            await note(1, _retries=0, _task_id="told")
+
+    async def view(context: Any, request: Request) -> None:
+        note_once.after_commit(1, _task_id=ours)
+
+    server_settings["amqp"] |= {
+        "port": free_port(),
+        "on_broker_down": "retry",
+        "publish_timeout": 0.5,
+    }
+    site = await start_guillotina(applications=["tests.bridge.scheduling"], **server_settings)
+    await site.make_container("a")
+    ours = "task:db-a-one"
+    before = errors()
+    assert (await within_request(site, now)).status_code == 200
+    with pytest.raises(TaskNotFoundException):
+        await TaskState("told").get_status()  # who calls is told, and may try again
+    assert (await within_request(site, view)).status_code == 200
+    await until(lambda: errors() == before + 1)
+    assert f"{ours} (tests.bridge.scheduling.note_once) was not queued" in caplog.text
+    state = (await site.request("GET", f"/db/a/@amqp-tasks/{ours}")).json()
+    assert (state["status"], state["reason"]) == ("errored", "not_queued")
+
+
+async def test_without_states_nothing_can_be_written_down(
     start_guillotina: StartGuillotina, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def now(context: Any, request: Request) -> None:

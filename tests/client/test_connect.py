@@ -141,13 +141,16 @@ async def test_a_group_of_one_error_in_the_block_stays_a_group(app: TaskApp, blo
     assert [type(error) for error in caught.value.exceptions] == [KeyError]
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("count", range(24))
-async def test_connecting_can_be_cancelled_in_any_phase(app: TaskApp, count: int) -> None:
+async def test_connecting_can_be_cancelled_in_any_phase(
+    app: TaskApp, count: int, at_once: bool
+) -> None:
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as tasks:
 
             async def connect() -> None:
-                async with app.connect():
+                async with app.connect(may_start_without_broker=at_once):
                     await anyio.sleep_forever()
 
             tasks.start_soon(connect)
@@ -169,6 +172,71 @@ async def test_a_connection_that_is_lost_for_good_ends_the_block(make_app: MakeA
             broker.go_down()
             await anyio.sleep_forever()
 
+    with pytest.raises(BrokerUnavailable, match="reconnect_timeout=20"):
+        await connect()
+    assert 20 <= now() - began <= 20 + 2 * 10
+
+
+async def test_a_block_that_may_lose_its_broker_goes_on(make_app: MakeApp) -> None:
+    app, broker = make_app(reconnect_timeout=20, publish_timeout=7), FrailBroker(now)
+    rewire(app, broker=broker)
+    add = app.task(shop.add)
+    async with app.connect(may_lose_broker=True):
+        handle = await add(1)
+        broker.go_down()
+        await anyio.sleep(1000)
+        assert await handle.status() is TaskStatus.SCHEDULED
+        with pytest.raises(PublishFailed, match="memory://: nobody answers; nothing was queued"):
+            await add(2)
+        broker.is_down = False
+        await anyio.sleep(10)
+        await add(3)
+    assert depth(app) == 2
+
+
+async def test_a_block_that_may_lose_its_broker_needs_it_to_begin(make_app: MakeApp) -> None:
+    app, broker = make_app(), FrailBroker(now)
+    rewire(app, broker=broker)
+    broker.go_down()
+    with pytest.raises(BrokerUnavailable):
+        async with app.connect(may_lose_broker=True):
+            pytest.fail("it has begun")
+
+
+async def test_a_block_that_may_start_without_a_broker(make_app: MakeApp) -> None:
+    app, broker = make_app(publish_timeout=7), FrailBroker(now)
+    rewire(app, broker=broker)
+    echo = app.task(shop.echo).options(task_id="one", keep_unqueued=True)
+    broker.go_down()
+    began = now()
+    async with app.connect(may_start_without_broker=True):
+        assert now() == began
+        with pytest.raises(PublishFailed, match="memory://: nobody answers"):
+            await echo(1)
+        assert (await app.handle("one").state()).reason == "not_queued"
+        broker.is_down = False
+        await anyio.sleep(20)
+        assert await app.handle("one").retry() is True
+    assert depth(app) == 1
+
+
+async def test_it_does_not_wait_for_a_broker_that_is_there(app: TaskApp) -> None:
+    began = now()
+    async with app.connect(may_start_without_broker=True):
+        await app.task(shop.add)(1)
+    assert now() == began
+
+
+async def test_a_broker_that_never_comes_ends_the_block_in_time(make_app: MakeApp) -> None:
+    app, broker = make_app(reconnect_timeout=20), FrailBroker(now)
+    rewire(app, broker=broker)
+    broker.go_down()
+
+    async def connect() -> None:
+        async with app.connect(may_start_without_broker=True):
+            await anyio.sleep_forever()
+
+    began = now()
     with pytest.raises(BrokerUnavailable, match="reconnect_timeout=20"):
         await connect()
     assert 20 <= now() - began <= 20 + 2 * 10
