@@ -133,3 +133,9 @@ def test_importing_the_package_reads_no_setting_and_opens_nothing() -> None:
         check=False,
     )
     assert (done.stdout.strip(), done.stderr) == ("1", "")
+
+
+def test_trio_is_imported_by_those_who_use_it_only() -> None:
+    code = "import sys, amqp_tasks; print(sorted(sys.modules.keys() & {'trio', 'uvloop', 'click'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

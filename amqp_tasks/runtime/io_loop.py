@@ -18,6 +18,7 @@ This module alone names the thread primitives of asyncio and Trio.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -29,7 +30,6 @@ from typing import Any, Generic, Protocol, TypeVar, TypeVarTuple, cast
 
 import anyio
 import anyio.lowlevel
-import trio
 from anyio.abc import TaskStatus
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "ThreadLoop",
     "open_io_thread",
     "postbox_of_this_loop",
+    "runs_trio",
 ]
 
 T = TypeVar("T")
@@ -114,7 +115,7 @@ class Postbox:
             self._woken = True
             try:
                 self._wake(self._empty)
-            except (RuntimeError, trio.RunFinishedError):
+            except RuntimeError:  # Trio's RunFinishedError is one
                 # That loop has ended; nobody is left to whom it could matter.
                 self._posted.clear()
 
@@ -127,13 +128,22 @@ class Postbox:
 
 def postbox_of_this_loop() -> Postbox:
     """Make a postbox for the loop that is running in this thread."""
-    try:
-        token = trio.lowlevel.current_trio_token()
-    except RuntimeError:
-        loop = asyncio.get_running_loop()
-        # Without a context of its own the callback would keep the poster's alive.
-        return Postbox(partial(loop.call_soon_threadsafe, context=Context()))
-    return Postbox(token.run_sync_soon)
+    if runs_trio():
+        import trio
+
+        return Postbox(trio.lowlevel.current_trio_token().run_sync_soon)
+    loop = asyncio.get_running_loop()
+    # Without a context of its own the callback would keep the poster's alive.
+    return Postbox(partial(loop.call_soon_threadsafe, context=Context()))
+
+
+def runs_trio() -> bool:
+    """Tell whether the loop that is running in this thread is Trio's.
+
+    Importing Trio takes a while, so that is left to those who use it.
+    """
+    trio = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_run()
 
 
 class Inbox(Generic[T]):

@@ -16,12 +16,14 @@ from contextlib import contextmanager, suppress
 from contextvars import Context
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, Protocol
-
-import trio
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..core.message import clean
 from .attempt import Attempt, attempt_in
+from .io_loop import runs_trio
+
+if TYPE_CHECKING:
+    import trio
 
 __all__ = ["COLLECTION", "LoopView", "format_stack", "may_interrupt", "view_of_this_loop"]
 
@@ -135,12 +137,9 @@ _SHORT: Final = 0.1
 
 def view_of_this_loop() -> LoopView:
     """Make a view of the loop that is running in this thread."""
-    try:
-        root = trio.lowlevel.current_root_task()
-    except RuntimeError:
-        return LoopView(_AsyncioTasks(asyncio.get_running_loop()))
-    assert root is not None
-    return LoopView(_TrioTasks(root))
+    if runs_trio():
+        return LoopView(_TrioTasks())
+    return LoopView(_AsyncioTasks(asyncio.get_running_loop()))
 
 
 class _AsyncioTasks:
@@ -161,14 +160,19 @@ class _AsyncioTasks:
 
 
 class _TrioTasks:
-    def __init__(self, root: trio.lowlevel.Task) -> None:
+    def __init__(self) -> None:
+        import trio
+
+        self._current_task = trio.lowlevel.current_task
+        root = trio.lowlevel.current_root_task()
+        assert root is not None
         self._root = root
         self._thread = threading.get_ident()
 
     def running(self, in_its_thread: bool) -> object | None:
         if in_its_thread:
             try:
-                return trio.lowlevel.current_task()
+                return self._current_task()
             except RuntimeError:
                 return None  # between two steps
         # An instrument would know, and costs at each step of each task. A search costs
