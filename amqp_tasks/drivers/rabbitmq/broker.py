@@ -49,7 +49,7 @@ class RabbitBroker:
         """Connect; see `abc.Broker.session`. Leaving takes a few seconds at most."""
         streams = Streams(careful=self._careful)
         connection = Connection(self._url, transport_factory=streams)
-        link = Link(connection, streams)
+        link = Link(connection, streams, self._address)
         session = RabbitSession(link)
         try:
             try:

@@ -32,7 +32,7 @@ class Declarations:
             BrokerRefused: not allowed, or the broker does not take the arguments.
             BrokerUnavailable: the connection was lost.
         """
-        doing = f"cannot declare the queues of exchange {exchange!r}"
+        doing = f"cannot declare the queues of exchange {exchange!r} at {self._link.address}"
         self._link.check_open(doing)
         await self._link.outcome(self._link.spawn(self._declare(exchange, queues)), doing)
 
@@ -43,7 +43,7 @@ class Declarations:
             BrokerRefused: there is no such queue, or not allowed.
             BrokerUnavailable: the connection was lost.
         """
-        doing = f"cannot count the messages of queue {queue!r}"
+        doing = f"cannot count the messages of queue {queue!r} at {self._link.address}"
         self._link.check_open(doing)
         return await self._link.outcome(self._link.spawn(self._count(queue)), doing)
 
@@ -57,7 +57,7 @@ class Declarations:
         Raises:
             as `declare`.
         """
-        doing = f"cannot declare queue {queue.name!r}"
+        doing = f"cannot declare queue {queue.name!r} at {self._link.address}"
         key = (exchange, queue.name)
         while not self.has(exchange, queue):
             self._link.check_open(doing)

@@ -35,13 +35,15 @@ class Link:
 
     Attributes:
         connection: aiormq's.
+        address: of the broker, for people to read; has no password.
         lost: set when the connection is gone.
         reason: why, in words; empty until then.
         met_unreadable: it was lost over something that aiormq could not read.
     """
 
-    def __init__(self, connection: Connection, streams: Streams) -> None:
+    def __init__(self, connection: Connection, streams: Streams, address: str) -> None:
         self.connection = connection
+        self.address = address
         self.lost = asyncio.Event()
         self.reason = ""
         self.met_unreadable = False

@@ -42,7 +42,7 @@ class Publisher:
     async def publish(self, exchange: str, publication: Publication, timeout: float) -> None:
         """Publish and return when it is confirmed; see `abc.BrokerSession.publish`."""
         deadline = asyncio.get_running_loop().time() + timeout
-        doing = f"cannot publish to queue {publication.queue.name!r}"
+        doing = f"cannot publish to queue {publication.queue.name!r} at {self._link.address}"
         try:
             await self._try(exchange, publication, deadline, doing)
         except _Unroutable:

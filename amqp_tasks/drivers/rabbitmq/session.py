@@ -48,7 +48,7 @@ class RabbitSession:
             BrokerRefused: there is no such queue, or this user may not.
             BrokerUnavailable: the connection was lost.
         """
-        doing = f"cannot consume from queue {queue!r}"
+        doing = f"cannot consume from queue {queue!r} at {self._link.address}"
         self._link.check_open(doing)
         consumer = Consumer(self._link, queue, prefetch)
         running = self._link.spawn(consumer.run())
