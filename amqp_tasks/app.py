@@ -319,7 +319,12 @@ class TaskApp:
             status: only tasks in that status.
             after: only ids behind this one; the last of one page gives the next.
             limit: how many at most.
+
+        Raises:
+            ArgumentsError: there is no such status; or `limit` is no positive integer.
         """
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise ArgumentsError(f"limit={limit!r}: must be an integer of 1 or more")
         records = await self._client().list(prefix, _status(status), after, limit)
         return [state_from(record, (), _as_it_is) for record in records]
 

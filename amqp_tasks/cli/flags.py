@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
@@ -22,9 +22,8 @@ def setting_flags(command: F) -> F:
         text = (field.description or "").replace("`", "")
         help_text = f"{text}  [{ENV_PREFIX}{name.upper()}; default: {_shown(shown)}]"
         flag = "--" + name.replace("_", "-")
-        command = click.option(flag, name, default=None, metavar=_metavar(name), help=help_text)(
-            command
-        )
+        metavar = _choices(field.annotation) or _metavar(name)
+        command = click.option(flag, name, default=None, metavar=metavar, help=help_text)(command)
     return command
 
 
@@ -39,12 +38,18 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _choices(annotation: Any) -> str:
+    """Return the words that a setting can have, if it has some only."""
+    words = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f"[{'|'.join(words)}]" if words else ""
+
+
 def _metavar(name: str) -> str:
     if name.endswith("_url"):
         return "URL"
     if name.endswith("_ms"):
         return "MS"
-    numbers = ("heartbeat", "timeout", "grace", "interval", "ttl")
-    if any(name.endswith(unit) for unit in numbers):
+    numbers = ("heartbeat", "timeout", "grace", "interval", "ttl", "guard_after")
+    if name.endswith(numbers):
         return "SECONDS"
     return "N" if name.startswith("max_") else "TEXT"

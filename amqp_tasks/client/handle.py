@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
 import anyio
@@ -11,7 +12,7 @@ from pydantic_core import from_json
 from ..core.checks import check_seconds
 from ..core.lifecycle import TaskStatus
 from ..core.record import TaskRecord
-from ..exceptions import RemoteTaskError, ResultTimeout, TaskCanceled
+from ..exceptions import AmqpTasksError, RemoteTaskError, ResultTimeout, TaskCanceled
 from ..runtime.attempt import attempt_or_none
 from .client import Client
 from .events import TaskEvents
@@ -25,6 +26,9 @@ EVENTS_IN_STATE: Final = 1_000
 
 SHORT_WAIT: Final = 0.1
 """Seconds for which a task that waits for another keeps its slot."""
+
+LAST_LOOK: Final = 0.5
+"""Seconds that the look may take by which an error says how the task does."""
 
 
 class TaskHandle(Generic[R_co]):
@@ -171,6 +175,7 @@ class TaskHandle(Generic[R_co]):
 
     async def _wait(self, timeout: float | None) -> TaskRecord:
         limit = check_seconds(timeout, "timeout", zero=True)
+        record: TaskRecord | None = None
         if limit == 0:
             record = await self._client().read(self.task_id)
             if record.status.ended:
@@ -178,7 +183,22 @@ class TaskHandle(Generic[R_co]):
         else:
             with anyio.move_on_after(limit):
                 return await self._wait_for_end()
-        raise ResultTimeout(f"task {self.task_id!r} has not ended within {limit:g} s")
+            with anyio.move_on_after(LAST_LOOK), suppress(AmqpTasksError):
+                record = await self._client().read(self.task_id)
+        raise ResultTimeout(
+            f"task {self.task_id!r} has not ended within {limit:g} s{_how_it_does(record)}"
+        )
+
+
+def _how_it_does(record: TaskRecord | None) -> str:
+    """Return what is known of a task that somebody has waited for in vain."""
+    if record is None:
+        return ""
+    text = f"; it is {record.status}, attempt {record.attempt}"
+    if record.error is None:
+        return text
+    error = _remote_error(record)
+    return f"{text}, and the one before failed: {error.type}: {error.message:.300}"
 
 
 def _remote_error(record: TaskRecord) -> RemoteTaskError:

@@ -27,7 +27,7 @@ from amqp_tasks.core.operations import Operation
 from amqp_tasks.drivers.memory import MemoryStore
 
 from ..runtime import shop
-from ..runtime.harness import MakeApp, memory, now, rewire, until
+from ..runtime.harness import MakeApp, memory, now, rewire, until, until_status
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_is_left_over")]
 
@@ -178,6 +178,21 @@ async def test_a_result_that_does_not_come_in_time_is_a_timeout_and_the_task_goe
         assert isinstance(caught.value, AmqpTasksError)
         assert handle.task_id in str(caught.value)
         assert await handle.result(timeout=10) == "nap"
+
+
+@pytest.mark.parametrize("timeout", [0, 2.5])
+async def test_a_timeout_says_how_the_task_does(app: TaskApp, timeout: float) -> None:
+    async with app.worker():
+        napping = await app.task(shop.nap)(10.0)
+        failing = await app.task(retry=RetryPolicy(delay=100))(shop.fail)("no such thing")
+        await until_status(napping, TaskStatus.RUNNING)
+        await until_status(failing, TaskStatus.RETRYING)
+        with pytest.raises(ResultTimeout, match=r"; it is running, attempt 1$"):
+            await napping.result(timeout=timeout)
+        with pytest.raises(ResultTimeout) as caught:
+            await failing.result(timeout=timeout)
+    assert "; it is retrying, attempt 2, and the one before failed: " in str(caught.value)
+    assert str(caught.value).endswith(": no such thing")
 
 
 async def test_a_timeout_of_zero_looks_once(app: TaskApp) -> None:
@@ -372,3 +387,10 @@ async def test_a_status_that_there_is_not_is_refused(app: TaskApp) -> None:
     async with app.connect():
         with pytest.raises(ArgumentsError, match="status='done': must be one of scheduled"):
             await app.list_tasks(status="done")
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "5", True, None])
+async def test_a_limit_that_is_none_is_refused(app: TaskApp, limit: Any) -> None:
+    async with app.connect():
+        with pytest.raises(ArgumentsError, match=r"limit=.*: must be an integer of 1 or more"):
+            await app.list_tasks(limit=limit)

@@ -38,6 +38,7 @@ def test_help_documents_every_setting_with_its_variable_and_default() -> None:
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text
         assert f"[AMQP_TASKS_{name.upper()}; default: " in text
+    assert "--on-blocked-loop [interrupt|kill] " in text
     for code in ("0 stopped", "1 the broker", "2 wrong usage"):
         assert code in text
 
