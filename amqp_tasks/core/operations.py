@@ -79,6 +79,7 @@ class Create(Operation["Created"]):
     ttl: float = 3600.0
     due: float | None = None
     deadline: float | None = None
+    timeout: float | None = None
     parent: str | None = None
 
 
@@ -133,6 +134,7 @@ class Reopen(Operation["Reopened"]):
     now: float
     ttl: float = 3600.0
     deadline: float | None = None
+    timeout: float | None = None
     parent: str | None = None
 
 
@@ -183,6 +185,7 @@ class Claim(Operation["ClaimAnswer"]):
     lost_lease: str = ""
     """The lease that a claim before this one met, and whose owner is gone; or none."""
     deadline: float | None = None
+    timeout: float | None = None
     parent: str | None = None
 
 

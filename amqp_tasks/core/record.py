@@ -52,6 +52,8 @@ class TaskRecord:
     due: float | None = None
     """When a waiting task is to be started, at the earliest."""
     deadline: float | None = None
+    timeout: float | None = None
+    """Seconds that one attempt may take, where the caller said."""
     parent: str | None = None
     result: str | None = None
     """JSON text."""

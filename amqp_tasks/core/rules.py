@@ -81,6 +81,7 @@ def _create(record: TaskRecord | None, op: Create) -> tuple[TaskRecord, Created]
         updated_at=op.now,
         due=op.due,
         deadline=op.deadline,
+        timeout=op.timeout,
         parent=op.parent,
         owed=Owed.PUBLISH,
         nonce=op.nonce,
@@ -138,6 +139,7 @@ def _reopen(record: TaskRecord | None, op: Reopen) -> tuple[TaskRecord, Reopened
         started_at=None if record is None else record.started_at,
         updated_at=op.now,
         deadline=op.deadline,
+        timeout=op.timeout,
         parent=op.parent,
         owed=Owed.PUBLISH,
         nonce=op.nonce,
@@ -184,6 +186,7 @@ def _claim(record: TaskRecord | None, op: Claim) -> tuple[TaskRecord, ClaimAnswe
             attempt=op.attempt,
             created_at=op.now,
             deadline=op.deadline,
+            timeout=op.timeout,
             parent=op.parent,
         )
     if record.status.ended:

@@ -200,6 +200,7 @@ class Consumer:
             now=self._clock(),
             ttl=self._settings.state_ttl,
             deadline=message.deadline,
+            timeout=message.timeout,
             parent=message.parent,
         )
         pause = pauses()

@@ -126,6 +126,7 @@ class Producer:
                 ttl=UNCONFIRMED_TTL,
                 due=message.due,
                 deadline=message.deadline,
+                timeout=message.timeout,
                 parent=message.parent,
             )
         )
@@ -149,7 +150,8 @@ class Producer:
         """
         record, now = await self.read(task_id), self._clock()
         call = decode(record.job.encode())
-        message = as_new(replace(call, deadline=record.deadline, parent=record.parent), now=now)
+        call = replace(call, deadline=record.deadline, timeout=record.timeout, parent=record.parent)
+        message = as_new(call, now=now)
         reopen = reopening(message, now=now)
         if not (await self._state.ask(reopen)).owed:
             return False

@@ -39,5 +39,6 @@ def reopening(message: Message, *, now: float) -> Reopen:
         now=now,
         ttl=UNCONFIRMED_TTL,
         deadline=message.deadline,
+        timeout=message.timeout,
         parent=message.parent,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from amqp_tasks import RetryPolicy, Task, TaskApp, TaskNotFound, TaskStatus
+from amqp_tasks import RemoteTaskError, RetryPolicy, Task, TaskApp, TaskNotFound, TaskStatus
 
 from ..runtime import shop
 from ..runtime.harness import depth, left_in_queues, until, until_status
@@ -87,6 +87,17 @@ async def test_two_retries_at_the_same_time_start_it_once(
         assert await handle.result(timeout=10) == 2
         await anyio.sleep(60)
     assert journal.count("start") == 2
+
+
+async def test_it_has_the_timeout_that_its_caller_gave(app: TaskApp) -> None:
+    nap = app.task(retry=ONCE)(shop.nap).options(timeout=3)
+    async with app.worker():
+        handle = await nap(100.0)
+        assert await handle.join(timeout=4) is TaskStatus.ERRORED
+        assert await handle.retry()
+        with pytest.raises(RemoteTaskError) as caught:
+            await handle.result(timeout=4)
+    assert caught.value.reason == "timeout"
 
 
 async def test_a_deadline_that_is_over_is_dropped_and_another_one_kept(app: TaskApp) -> None:

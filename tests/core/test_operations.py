@@ -107,7 +107,9 @@ def after(before: TaskRecord | None, *operations: Change) -> TaskRecord:
 
 
 def test_create_writes_a_scheduled_task_that_owes_its_message_and_expires() -> None:
-    state, answer = change(None, create(due=NOW + 5, deadline=NOW + 9, parent="p", ttl=60.0))
+    state, answer = change(
+        None, create(due=NOW + 5, deadline=NOW + 9, timeout=3.0, parent="p", ttl=60.0)
+    )
     assert answer == Created(new=True, owed=True)
     assert state == TaskRecord(
         task_id="t",
@@ -117,6 +119,7 @@ def test_create_writes_a_scheduled_task_that_owes_its_message_and_expires() -> N
         updated_at=NOW,
         due=NOW + 5,
         deadline=NOW + 9,
+        timeout=3.0,
         parent="p",
         owed=Owed.PUBLISH,
         nonce="n",
@@ -280,7 +283,7 @@ def test_a_retry_of_a_canceled_task_is_not_published_or_outlived_by_the_state(
 
 
 def test_claim_of_a_task_nobody_knows_makes_its_state_from_the_message() -> None:
-    operation = claim(attempt=2, deadline=NOW + 9, parent="p")
+    operation = claim(attempt=2, deadline=NOW + 9, timeout=3.0, parent="p")
     state, answer = change(None, operation)
     assert state is not None
     assert answer == Granted(state.fence, 0)
@@ -470,7 +473,7 @@ def test_reopen_schedules_an_errored_task_anew_and_keeps_its_fence() -> None:
         record(crashes=2, attempt=4, created_at=NOW - 9, started_at=NOW - 5, parent="p"),
         settle(Event.FAIL, attempt=4, error='"boom"', reason="timeout", owed=Owed.ERROR),
     )
-    state, answer = change(failed, reopen(now=NOW + 1, deadline=NOW + 60, ttl=30.0))
+    state, answer = change(failed, reopen(now=NOW + 1, deadline=NOW + 60, timeout=4.0, ttl=30.0))
     assert answer == Reopened(S.SCHEDULED, owed=True)
     assert state == TaskRecord(
         task_id="t",
@@ -481,6 +484,7 @@ def test_reopen_schedules_an_errored_task_anew_and_keeps_its_fence() -> None:
         started_at=NOW - 5,
         updated_at=NOW + 1,
         deadline=NOW + 60,
+        timeout=4.0,
         owed=Owed.PUBLISH,
         nonce="r",
         expires_at=NOW + 31,

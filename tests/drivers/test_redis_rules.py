@@ -108,6 +108,7 @@ def creates(draw: st.DrawFn, task_id: str) -> Step:
         "ttl": draw(ttls),
         "due": draw(maybe_floats),
         "deadline": draw(maybe_floats),
+        "timeout": draw(maybe_floats),
         "parent": draw(maybe_texts),
     }
     return lambda _, now: Create(task_id=task_id, now=now, **fields)
@@ -141,6 +142,7 @@ def reopens(draw: st.DrawFn, task_id: str) -> Step:
         "nonce": draw(st.sampled_from(["n1", "n2", ""])),
         "ttl": draw(ttls),
         "deadline": draw(maybe_floats),
+        "timeout": draw(maybe_floats),
         "parent": draw(maybe_texts),
     }
     return lambda _, now: Reopen(task_id=task_id, now=now, **fields)
@@ -160,6 +162,7 @@ def claims(draw: st.DrawFn, task_id: str) -> Step:
         "name": draw(texts),
         "job": draw(texts),
         "deadline": draw(maybe_floats),
+        "timeout": draw(maybe_floats),
         "parent": draw(maybe_texts),
     }
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_create_writes_a_record(asker: Asker) -> None:
-    op = asker.create(due=12.5, deadline=1e9 / 3, parent="p")
+    op = asker.create(due=12.5, deadline=1e9 / 3, timeout=0.1, parent="p")
     assert await asker.ask(op) == Created(new=True, owed=True)
     assert await asker.read() == TaskRecord(
         task_id="t",
@@ -45,6 +45,7 @@ async def test_create_writes_a_record(asker: Asker) -> None:
         updated_at=op.now,
         due=12.5,
         deadline=1e9 / 3,
+        timeout=0.1,
         parent="p",
         owed=Owed.PUBLISH,
         nonce="n1",
@@ -132,7 +133,9 @@ async def test_discharge_leaves_the_expiry_of_an_ended_task(asker: Asker) -> Non
 async def test_reopen_schedules_anew_what_is_errored(asker: Asker) -> None:
     fence = await asker.make(TaskStatus.ERRORED)
     before = await asker.read()
-    op = asker.reopen(name="mail.other", job='{"again": 1}', deadline=1e10 / 3, ttl=60.25)
+    op = asker.reopen(
+        name="mail.other", job='{"again": 1}', deadline=1e10 / 3, timeout=0.7, ttl=60.25
+    )
     assert await asker.ask(op) == Reopened(TaskStatus.SCHEDULED, owed=True)
     assert await asker.read() == TaskRecord(
         task_id="t",
@@ -143,6 +146,7 @@ async def test_reopen_schedules_anew_what_is_errored(asker: Asker) -> None:
         started_at=before.started_at,
         updated_at=op.now,
         deadline=1e10 / 3,
+        timeout=0.7,
         owed=Owed.PUBLISH,
         nonce="r1",
         expires_at=op.now + 60.25,
@@ -273,7 +277,7 @@ async def test_claim_starts_what_is_scheduled(asker: Asker) -> None:
 
 
 async def test_claim_of_an_unknown_task_makes_it(asker: Asker) -> None:
-    op = asker.claim(attempt=3, deadline=2e9, parent="p")
+    op = asker.claim(attempt=3, deadline=2e9, timeout=0.3, parent="p")
     assert await asker.ask(op) == Granted(fence=int(op.now * 1000), crashes=0)
     assert await asker.read() == TaskRecord(
         task_id="t",
@@ -287,6 +291,7 @@ async def test_claim_of_an_unknown_task_makes_it(asker: Asker) -> None:
         updated_at=op.now,
         started_at=op.now,
         deadline=2e9,
+        timeout=0.3,
         parent="p",
     )
 

@@ -142,7 +142,8 @@ class Commands:
             *(b"status", _SCHEDULED, b"attempt", b"1", b"fence", b"0"),
             *(b"name", to_bytes(op.name), b"job", to_bytes(op.job)),
             *(b"created_at", now, b"updated_at", now, b"owed", Owed.PUBLISH.encode()),
-            *_fields(nonce=op.nonce, due=op.due, deadline=op.deadline, parent=op.parent),
+            *_fields(nonce=op.nonce, due=op.due, parent=op.parent),
+            *_fields(deadline=op.deadline, timeout=op.timeout),
         )
 
     def _reopen(self, op: Reopen) -> bytes:
@@ -154,7 +155,7 @@ class Commands:
             *(b"status", status, b"attempt", b"1", b"updated_at", now),
             *(b"name", to_bytes(op.name), b"job", to_bytes(op.job)),
             *(b"owed", Owed.PUBLISH.encode()),
-            *_fields(nonce=op.nonce, deadline=op.deadline, parent=op.parent),
+            *_fields(nonce=op.nonce, deadline=op.deadline, timeout=op.timeout, parent=op.parent),
         )
 
     def _claim(self, op: Claim) -> bytes:
@@ -167,7 +168,7 @@ class Commands:
             *(to_bytes(op.lost_lease), _number(op.now + op.ttl), self._keys.ended(op.task_id)),
             *(job := to_bytes(op.job), to_bytes(op.parent or ""), _number(op.ttl)),
             *(b"name", to_bytes(op.name), b"job", job, b"created_at", now),
-            *_fields(deadline=op.deadline, parent=op.parent),
+            *_fields(deadline=op.deadline, timeout=op.timeout, parent=op.parent),
         )
 
     def _settle(self, op: Settle) -> bytes:

@@ -149,7 +149,7 @@ _FIELDS: Final[dict[bytes, tuple[str, Callable[[bytes], Any]]]] = {
     for parse, names in (
         (from_bytes, "name job lease parent result error reason cancel nonce"),
         (int, "attempt fence crashes"),
-        (float, "created_at updated_at started_at ended_at due deadline expires_at"),
+        (float, "created_at updated_at started_at ended_at due deadline timeout expires_at"),
         (STATUSES.__getitem__, "status"),
         (_owed, "owed"),
     )

@@ -10,8 +10,8 @@ if status and not among(ARGV[1], status) then
 end
 
 -- What is left of the life before is when it was created and last started, and the fence.
-redis.call('HDEL', STATE, 'lease', 'crashes', 'ended_at', 'due', 'deadline', 'parent', 'result',
-  'error', 'reason', 'cancel')
+redis.call('HDEL', STATE, 'lease', 'crashes', 'ended_at', 'due', 'deadline', 'timeout', 'parent',
+  'result', 'error', 'reason', 'cancel')
 redis.call('HSET', STATE, unpack(ARGV, 5))
 redis.call('HSETNX', STATE, 'created_at', ARGV[3])
 redis.call('HSETNX', STATE, 'fence', '0')
