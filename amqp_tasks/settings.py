@@ -131,7 +131,9 @@ class Settings(BaseSettings):
         5.0, description="Seconds that the state store may take to answer."
     )
     reconnect_timeout: _Positive = Field(
-        300.0, description="Seconds after which a worker that cannot reconnect exits."
+        300.0,
+        description="Seconds after which a worker that cannot reconnect exits, and the block of "
+        "`app.connect()` ends.",
     )
     beacon_ttl: _NotNegative = Field(
         5.0,
