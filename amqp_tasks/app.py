@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from functools import cached_property, partial
 from inspect import signature
@@ -68,6 +76,10 @@ class TaskApp:
             registered here; None if there is none. Called in any thread; it decides what
             messages may run, so it must refuse whatever it was not told to serve.
         middleware: runs around each attempt, the outermost first; see `Middleware`.
+        filter_extra: says what is kept of the members beside the call, `extra`, of a message
+            that is queued here or received from others: it is given them, changes nothing in
+            them, and returns what the task, its state and its later messages have. Called on
+            the I/O loop as well; a received message goes to the error queue if it raises.
         settings: any field of `Settings`. The environment (``AMQP_TASKS_<NAME>``) wins
             over what is given here.
 
@@ -81,10 +93,12 @@ class TaskApp:
         clock: Callable[[], float] = time.time,
         find: Callable[[str], Callable[..., Any] | None] | None = None,
         middleware: Sequence[Middleware] = (),
+        filter_extra: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
         self.tasks = TaskRegistry(find)
         self._middleware = tuple(middleware)
+        self._filter_extra = filter_extra
         self._clock = clock
         self._keywords = settings
         self._flags: dict[str, Any] = {}
@@ -261,6 +275,7 @@ class TaskApp:
             now=self._clock(),
             parent=None if attempt is None else attempt.task_id,
             parent_owner=parent_owner,
+            filter_extra=self._filter_extra,
         )
         await client.enqueue(message, options.keep_unqueued)
         return TaskHandle(message.task_id, self._client, task.signature.decode_result)
@@ -346,7 +361,11 @@ class TaskApp:
         async with (
             self._io_loop("amqp_tasks errors") as io,
             open_error_queue(
-                io, self._servers("amqp_tasks errors"), self.settings, clock=self._clock
+                io,
+                self._servers("amqp_tasks errors"),
+                self.settings,
+                clock=self._clock,
+                filter_extra=self._filter_extra,
             ) as queue,
         ):
             yield queue
@@ -377,6 +396,7 @@ class TaskApp:
                 self.settings,
                 middleware=self._middleware,
                 clock=self._clock,
+                filter_extra=self._filter_extra,
             ) as worker,
         ):
             with self._using(Client(io, worker.producer), in_need=True):

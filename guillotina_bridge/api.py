@@ -33,7 +33,6 @@ from amqp_tasks import (
     TaskStatus,
 )
 
-from .context import without_credentials
 from .exceptions import TaskNotFoundException
 from .managers import is_custom
 from .service import get_service
@@ -155,7 +154,7 @@ async def info_task(context: IContainer, request: Request) -> Response:
         state = await _own_state(request.matchdict["task_id"])
     job_data = state.pop("job_data", None)
     if job_data is not None and can_debug_amqp(context):
-        state["job_data"] = _without_secrets(job_data)
+        state["job_data"] = job_data
     # Not by guillotina's renderer: a result may be, say, an integer of more than 64 bits.
     body = to_json(state, inf_nan_mode="null", fallback=repr)
     return Response(body=body, content_type="application/json")
@@ -294,11 +293,3 @@ async def _all_ids_of_custom_manager(query: _Query) -> list[str]:
         raise StateStoreError(f"the state manager has failed: {error!r}") from error
     after = query.after or ""
     return [task_id for task_id in ids if task_id.startswith(query.prefix) and task_id > after]
-
-
-def _without_secrets(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message without credentials; those who queued it may have put them there."""
-    shown, request = dict(job), job.get("req_data")
-    if isinstance(request, Mapping):
-        shown["req_data"] = without_credentials(request)
-    return shown

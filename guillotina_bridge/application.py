@@ -22,6 +22,7 @@ from guillotina.utils import resolve_dotted_name
 
 from amqp_tasks import AmqpTasksError, SettingsError, TaskApp
 
+from .context import public_extra
 from .job import run_attempt
 from .managers import find_manager
 from .mirror import Mirror
@@ -61,7 +62,9 @@ def assemble(
     is_custom = settings.persistent_manager not in ("memory", "redis")
     mirror = Mirror() if is_custom and role != "producer" else None
     middleware = [run_attempt] if mirror is None else [mirror.middleware, run_attempt]
-    app = TaskApp(find=find, middleware=middleware, **settings.app_keywords)
+    app = TaskApp(
+        find=find, middleware=middleware, filter_extra=public_extra, **settings.app_keywords
+    )
     if flags:
         app.configure(**flags)
     for text in settings.warnings:

@@ -49,6 +49,7 @@ __all__ = [
     "enter_request",
     "find_database",
     "make_request",
+    "public_extra",
     "request_data",
     "restore_user",
     "serialize_request",
@@ -162,6 +163,14 @@ def _as_json(value: Any, name: str) -> Any:
 
 
 # ------------------------------------------------------------------------ reading
+
+
+def public_extra(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a message has beside the call, without credentials."""
+    request = extra.get("req_data")
+    if not isinstance(request, Mapping):
+        return extra
+    return {**extra, "req_data": without_credentials(request)}
 
 
 def without_credentials(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,7 @@ from amqp_tasks import Attempt, UnknownTask, current_attempt
 
 from . import transaction
 from .aio import run_in
-from .context import (
-    clear_task_vars,
-    enter_container,
-    enter_request,
-    find_database,
-    without_credentials,
-)
+from .context import clear_task_vars, enter_container, enter_request, find_database
 from .exceptions import ObjectNotFoundException
 from .functions import find_function
 from .metrics import watch_job
@@ -55,7 +49,6 @@ class Job:
         self.attempt = attempt
         self.data: dict[str, Any] = {
             **attempt.extra,
-            "req_data": without_credentials(attempt.extra.get("req_data") or {}),
             "func": attempt.name,
             "args": list(attempt.args),
             "kwargs": dict(attempt.kwargs),
@@ -64,7 +57,7 @@ class Job:
         self.task_id: str = attempt.task_id
         self.db_id: str | None = self.data.get("db_id")
         self.container_id: str | None = self.data.get("container_id") if self.db_id else None
-        self.req_data: dict[str, Any] = self.data["req_data"]
+        self.req_data: dict[str, Any] = self.data.get("req_data") or {}
         self.container_entered = ""
         """Id of its container, once that is known to be there."""
 

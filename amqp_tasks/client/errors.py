@@ -16,7 +16,7 @@ import anyio
 from pydantic_core import from_json
 
 from ..core.lifecycle import TaskStatus
-from ..core.message import decode
+from ..core.message import FilterExtra, decode
 from ..exceptions import DecodeError
 from ..runtime.errors import MAX_HELD, ErrorDesk, Found, Replayed
 from ..runtime.failures import single_error
@@ -198,11 +198,16 @@ def _broker_reason(headers: Mapping[str, Any]) -> str:
 
 @asynccontextmanager
 async def open_error_queue(
-    io: IoLoop, servers: Servers, settings: Settings, *, clock: Callable[[], float]
+    io: IoLoop,
+    servers: Servers,
+    settings: Settings,
+    *,
+    clock: Callable[[], float],
+    filter_extra: FilterExtra | None,
 ) -> AsyncGenerator[ErrorQueue, None]:
     """Read the error queue for as long as the block; then give back what is left."""
     with single_error():
-        desk = await io.make(ErrorDesk, servers, settings, clock)
+        desk = await io.make(ErrorDesk, servers, settings, clock, filter_extra)
         async with anyio.create_task_group() as tasks:
             await tasks.start(io.serve, desk.run)
             try:

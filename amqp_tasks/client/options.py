@@ -12,13 +12,11 @@ from uuid import uuid4
 import anyio
 
 from ..core.checks import check_instant, check_seconds
-from ..core.message import Message, check_task_id
+from ..core.message import FilterExtra, Message, check_task_id
 from ..exceptions import ArgumentsError
 from ..registry import TaskDefinition
 
 __all__ = ["CallOptions"]
-
-_OF_THE_CALL = {"func", "args", "kwargs", "task_id"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +57,7 @@ class CallOptions:
         now: float,
         parent: str | None,
         parent_owner: str | None = None,
+        filter_extra: FilterExtra | None = None,
     ) -> Message:
         """Return the message of a call.
 
@@ -66,13 +65,15 @@ class CallOptions:
             now: seconds since the epoch.
             parent: id of the task that calls.
             parent_owner: incarnation of who waits for the task, and must be alive.
+            filter_extra: says what of `extra` is kept.
 
         Raises:
             ArgumentsError: an argument or an option is not what it must be.
         """
         plain_args, plain_kwargs = task.signature.encode_arguments(args, kwargs)
+        extra = self._extra()
         return Message.compose(
-            extra=self._extra(),
+            extra=extra if filter_extra is None else filter_extra(extra),
             task_id=uuid4().hex if self.task_id is None else check_task_id(self.task_id),
             func=task.name,
             args=plain_args,
@@ -88,12 +89,6 @@ class CallOptions:
         extra = {} if self.extra is None else self.extra
         if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
             raise ArgumentsError(f"extra={extra!r:.200}: must be a mapping with texts as keys")
-        taken = sorted(_OF_THE_CALL & extra.keys())
-        if taken:
-            raise ArgumentsError(
-                f"extra={extra!r:.200}: {', '.join(taken)} belongs to the call itself; use another "
-                "key"
-            )
         return extra
 
     def _deadline(self, now: float) -> float | None:

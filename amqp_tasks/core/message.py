@@ -2,8 +2,9 @@
 
 The body is a JSON object. ``func``, ``args``, ``kwargs`` and ``task_id`` are the call;
 every other member is kept as it came (guillotina's workers find ``db_id``,
-``container_id`` and ``req_data`` there). The body never changes while a message goes
-from queue to queue. What changes, or concerns the framework alone, is in headers:
+``container_id`` and ``req_data`` there), unless the worker's app filters them. Otherwise the
+body never changes while a message goes from queue to queue. What changes, or concerns the
+framework alone, is in headers:
 
 ========================  =======================================================
 ``task-attempt``          number of the attempt that this message is for, from 1
@@ -23,9 +24,9 @@ reads ``x-death`` of a republished message as a dead-letter cycle and drops it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
@@ -35,6 +36,7 @@ from .outcome import Failure
 __all__ = [
     "MAX_TASK_ID_LENGTH",
     "UNREADABLE",
+    "FilterExtra",
     "Message",
     "check_task_id",
     "clean",
@@ -71,6 +73,10 @@ LATEST: Final = 1e12
 MAX_NAME_LENGTH: Final = 1_000
 """Characters of a task's name."""
 
+FilterExtra: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Returns what is kept of the members of a body beside the call."""
+
+_OF_THE_CALL: Final = frozenset({"func", "args", "kwargs", "task_id"})
 _OUR_PREFIXES: Final = ("task-", "error-", "x-")
 _ROUTING: Final = ("CC", "BCC")
 """Headers by which RabbitMQ would send copies elsewhere."""
@@ -118,9 +124,16 @@ class Message:
         """Make a new message out of values that JSON has.
 
         Raises:
-            ArgumentsError: something in it cannot be written as JSON.
+            ArgumentsError: something in it cannot be written as JSON, or has the key of
+                something else.
         """
         kwargs, extra = kwargs or {}, extra or {}
+        taken = sorted(_OF_THE_CALL & extra.keys())
+        if taken:
+            raise ArgumentsError(
+                f"extra={extra!r:.200}: {', '.join(taken)} belongs to the call itself; use another "
+                "key"
+            )
         content = {**extra, "func": func, "args": args, "kwargs": kwargs, "task_id": task_id}
         try:
             body = to_json(content, inf_nan_mode="constants")
@@ -165,8 +178,15 @@ class Message:
         return replace(self, parked=self.parked + times)
 
 
-def decode(body: bytes, headers: Mapping[str, Any] | None = None) -> Message:
+def decode(
+    body: bytes,
+    headers: Mapping[str, Any] | None = None,
+    filter_extra: FilterExtra | None = None,
+) -> Message:
     """Read a message that came from the broker.
+
+    Args:
+        filter_extra: says what of the message's `extra` is kept, in its body as well.
 
     Raises:
         DecodeError: the body or one of our headers is not what a producer writes. Says
@@ -181,7 +201,7 @@ def decode(body: bytes, headers: Mapping[str, Any] | None = None) -> Message:
     if problem is not None:
         raise DecodeError(f"task_id={_short(task_id)}: {problem}")
     try:
-        return Message(
+        message = Message(
             task_id=task_id,
             func=_task_name(content),
             args=_take(content, "args", list, "a list", default=[]),
@@ -190,9 +210,28 @@ def decode(body: bytes, headers: Mapping[str, Any] | None = None) -> Message:
             body=body,
             **_read_headers(headers or {}),
         )
+        return message if filter_extra is None else _filtered(message, filter_extra)
     except DecodeError as error:
         error.task_id = task_id
         raise
+
+
+def _filtered(message: Message, filter_extra: FilterExtra) -> Message:
+    try:
+        extra = filter_extra(message.extra)
+        if extra == message.extra:
+            return message
+        fresh = Message.compose(
+            task_id=message.task_id,
+            func=message.func,
+            args=message.args,
+            kwargs=message.kwargs,
+            extra=extra,
+        )
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DecodeError(f"what is beside the call cannot be filtered: {what}") from error
+    return replace(message, extra=extra, body=fresh.body)
 
 
 def task_id_problem(task_id: object) -> str | None:

@@ -16,7 +16,7 @@ from typing import Final
 import anyio
 
 from ..core.lifecycle import Event
-from ..core.message import Message, decode
+from ..core.message import FilterExtra, Message, decode
 from ..core.operations import (
     STALE,
     Claim,
@@ -84,6 +84,7 @@ class Consumer:
     Args:
         owner: this worker's incarnation.
         clock: seconds since the epoch.
+        filter_extra: see `decode`.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Consumer:
         owner: str,
         census: Census,
         clock: Callable[[], float],
+        filter_extra: FilterExtra | None = None,
     ) -> None:
         self.running: dict[str, Running] = {}
         """Attempts, by task id."""
@@ -112,6 +114,7 @@ class Consumer:
         self._owner = owner
         self._census = census
         self._clock = clock
+        self._filter_extra = filter_extra
         self._numbers = itertools.count(1)
         self._stopping = anyio.Event()
         delay = settings.delayed_ttl_ms / 1000
@@ -126,7 +129,7 @@ class Consumer:
     async def handle(self, delivery: Ticket) -> None:
         """Claim, run and settle one delivery."""
         try:
-            message = decode(delivery.body, delivery.headers)
+            message = decode(delivery.body, delivery.headers, self._filter_extra)
         except DecodeError as error:
             await self._refuse_unreadable(delivery, error)
             return

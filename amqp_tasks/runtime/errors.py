@@ -25,7 +25,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from ..abc import Broker, BrokerSession, Delivery
 from ..core import lifecycle
-from ..core.message import Message, decode
+from ..core.message import FilterExtra, Message, decode
 from ..core.operations import Discharge, Read
 from ..core.record import Owed, TaskRecord
 from ..core.settlement import Publication
@@ -245,9 +245,16 @@ class ErrorDesk:
 
     Args:
         clock: seconds since the epoch.
+        filter_extra: see `decode`.
     """
 
-    def __init__(self, servers: Servers, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        servers: Servers,
+        settings: Settings,
+        clock: Callable[[], float],
+        filter_extra: FilterExtra | None,
+    ) -> None:
         self._broker = servers.make_broker()
         self._state = StateClient(servers.make_store())
         self._topology = servers.topology
@@ -255,6 +262,7 @@ class ErrorDesk:
         self._session: BrokerSession
         self._publish_timeout = settings.publish_timeout
         self._clock = clock
+        self._filter_extra = filter_extra
         self._replaying: dict[str, anyio.Event] = {}
         self._replayed: set[str] = set()
 
@@ -306,7 +314,7 @@ class ErrorDesk:
             PublishFailed, StateStoreError: it is still there; replaying again is safe.
         """
         found.check_open()
-        message = decode(found.delivery.body, found.delivery.headers)
+        message = decode(found.delivery.body, found.delivery.headers, self._filter_extra)
         task_id = message.task_id
         while (other := self._replaying.get(task_id)) is not None:
             await other.wait()

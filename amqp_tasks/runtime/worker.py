@@ -24,6 +24,7 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskStatus
 
+from ..core.message import FilterExtra
 from ..core.operations import AppendEvents
 from ..registry import TaskRegistry
 from ..settings import Settings
@@ -91,6 +92,7 @@ class _WorkerService:
         registry: TaskRegistry,
         settings: Settings,
         clock: Callable[[], float],
+        filter_extra: FilterExtra | None,
     ) -> None:
         self.owner = new_incarnation()
         store = servers.make_store()
@@ -109,7 +111,15 @@ class _WorkerService:
             link.beacon = Beacon(servers.topology, self.owner, settings.beacon_ttl)
         census = Census(state, self.owner, settings.presence_ttl)
         consumer = Consumer(
-            io, link, executor, registry, settings, owner=self.owner, census=census, clock=clock
+            io,
+            link,
+            executor,
+            registry,
+            settings,
+            owner=self.owner,
+            census=census,
+            clock=clock,
+            filter_extra=filter_extra,
         )
         self._guards = consumer.guards
         self._intake = Intake(link, consumer, settings)
@@ -190,6 +200,7 @@ async def open_worker(
     *,
     middleware: Sequence[Middleware] = (),
     clock: Callable[[], float],
+    filter_extra: FilterExtra | None = None,
 ) -> AsyncGenerator[Worker, None]:
     """Run a worker for as long as the block; leaving the block stops it with its grace."""
     with single_error() as edge:
@@ -203,7 +214,7 @@ async def open_worker(
                 clock=clock,
             )
             service = await io.make(
-                _WorkerService, io, executor, servers, registry, settings, clock
+                _WorkerService, io, executor, servers, registry, settings, clock, filter_extra
             )
             if watchdog is not None:
                 watchdog.report_to(service.records)

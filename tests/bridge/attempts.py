@@ -13,6 +13,7 @@ from guillotina.component import globalregistry
 from guillotina.factory import make_app
 
 from amqp_tasks import RetryPolicy, Task, TaskApp, TaskHandle
+from guillotina_bridge.context import public_extra
 from guillotina_bridge.job import run_attempt
 
 from .conftest import ROOT_PASSWORD, Database, Site, in_empty_context
@@ -70,6 +71,7 @@ async def working(**settings: Any) -> AsyncIterator[Tasks]:
         "broker_url": "memory://",
         "state_url": "memory://",
         "middleware": [run_attempt],
+        "filter_extra": public_extra,
     }
     app = TaskApp(**{**defaults, **settings})
     async with app.worker():

@@ -265,7 +265,11 @@ def test_a_message_of_guillotina_amqp_runs(
     state = site.wait_for(task_id, "finished")
     assert state["result"] == result
     assert site.browse("GET", f"/db/site/{function}").json["title"] == "new"
-    assert "Authorization" not in json.dumps(state)
+    assert secrets_in(json.dumps(state).encode()) == []
+    with site.redis.client() as redis:
+        keys = [key for key in redis.scan_iter(f"{site.name}-*") if task_id.encode() in key]
+        assert keys
+        assert [secrets_in(everything(redis, key)) for key in keys] == [[]] * len(keys)
 
 
 def old_message(task_id: str, runner: str, *args: Any) -> dict[str, Any]:
@@ -311,7 +315,8 @@ def test_what_nobody_serves_goes_to_the_error_queue(
         found = by_hand.look_into(site.rabbit.url, f"{site.name}-error")
         return [(body, headers) for body, headers in found if task_id.encode() in body]
 
-    [(_, headers)] = eventually(letters)
+    [(body, headers)] = eventually(letters)
+    assert secrets_in(body) == []
     assert "os.system" in headers["error-message"]
     assert site.state(task_id)["status"] == "errored"
     assert not touched.exists()
