@@ -44,6 +44,9 @@ class Client:
     async def events(self, task_id: str, after: str | None, limit: int) -> Sequence[LogEntry]:
         return await self._io.call(self._producer.events, task_id, after, limit)
 
+    async def latest_events(self, task_id: str, limit: int) -> Sequence[LogEntry]:
+        return await self._io.call(self._producer.latest_events, task_id, limit)
+
     async def cancel(self, task_id: str, reason: CancelReason = CancelReason.USER) -> bool:
         return await self._io.call(self._producer.cancel, task_id, reason)
 

@@ -112,14 +112,14 @@ class TaskHandle(Generic[R_co]):
         return (await self._client().read(self.task_id)).status
 
     async def state(self) -> TaskState:
-        """Return all that is known about the task, with the first 1,000 log entries.
+        """Return all that is known about the task, with the latest 1,000 log entries.
 
         Raises:
             TaskNotFound: nothing is known about it.
         """
         client = self._client()
         record = await client.read(self.task_id)
-        events = await client.events(self.task_id, None, EVENTS_IN_STATE)
+        events = await client.latest_events(self.task_id, EVENTS_IN_STATE)
         return state_from(record, events, self._decode_result)
 
     async def cancel(self) -> bool:

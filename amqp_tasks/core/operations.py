@@ -352,11 +352,16 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadEvents(Operation[Sequence[LogEntry]]):
-    """Read a task's log after `after` (a position; None from the beginning)."""
+    """Read a task's log after `after` (a position; None from the beginning).
+
+    If there are more than `limit` entries, the first ones are the answer; or the newest ones,
+    in their order as well.
+    """
 
     task_id: str
     after: str | None = None
     limit: int = 1000
+    newest: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

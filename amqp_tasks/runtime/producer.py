@@ -176,6 +176,10 @@ class Producer:
         """Return entries of a task's event log."""
         return await self._state.ask(ReadEvents(task_id=task_id, after=after, limit=limit))
 
+    async def latest_events(self, task_id: str, limit: int) -> Sequence[LogEntry]:
+        """Return the newest entries of a task's event log, in their order."""
+        return await self._state.ask(ReadEvents(task_id=task_id, limit=limit, newest=True))
+
     async def cancel(self, task_id: str, reason: CancelReason) -> bool:
         """Cancel a task, or ask its worker to; False if it has ended.
 

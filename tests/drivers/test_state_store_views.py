@@ -48,6 +48,11 @@ async def test_the_log_of_a_task(asker: Asker) -> None:
     assert await asker.log(after=entries[0].position) == ["2", "3"]
     assert await asker.log(after=entries[0].position, limit=1) == ["2"]
     assert await asker.log(after=entries[2].position) == []
+    assert await asker.log(limit=2, newest=True) == ["2", "3"]
+    assert await asker.log(limit=9, newest=True) == ["1", "2", "3"]
+    assert await asker.log(after=entries[0].position, limit=1, newest=True) == ["3"]
+    assert await asker.log(after=entries[1].position, limit=2, newest=True) == ["3"]
+    assert await asker.log(after=entries[2].position, newest=True) == []
 
 
 async def test_a_stale_fence_does_not_log(asker: Asker) -> None:

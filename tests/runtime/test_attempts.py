@@ -49,6 +49,20 @@ def told(state: TaskState) -> list[tuple[str, Any]]:
 # ------------------------------------------------------------------------- itself
 
 
+async def log_numbers(count: int) -> None:
+    for number in range(count):
+        await current_attempt().log(number)
+
+
+async def test_a_state_has_the_latest_entries_of_a_long_log(app: TaskApp) -> None:
+    async with app.worker():
+        handle = await app.task(log_numbers)(1_100)
+        await handle.result(timeout=30)
+        state = await handle.state()
+        assert [entry["message"] for entry in state.eventlog] == list(range(100, 1_100))
+        assert [event.message async for event in handle.events()] == list(range(1_100))
+
+
 async def test_a_task_knows_its_attempt(app: TaskApp) -> None:
     about = app.task(retry=RetryPolicy(delay=1))(surroundings.about_itself)
     async with app.worker() as worker:

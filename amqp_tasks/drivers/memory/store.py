@@ -130,6 +130,8 @@ class MemoryStore:
     def _read_events(self, operation: ReadEvents) -> list[LogEntry]:
         entries = self._events.get(operation.task_id, [])
         first = int(operation.after or 0)
+        if operation.newest:
+            first = max(first, len(entries) - operation.limit)
         chosen = itertools.islice(enumerate(entries, 1), first, first + operation.limit)
         return [LogEntry(str(position), data) for position, data in chosen]
 

@@ -238,9 +238,12 @@ class Commands:
                 return pack((b"HMGET", state, b"fence", b"cancel"))
             case Read():
                 return pack((b"HGETALL", state))
-            case ReadEvents(after=after, limit=limit):
+            case ReadEvents(after=after, limit=limit, newest=newest):
                 start = b"-" if after is None else b"(" + to_bytes(after)
-                return pack((b"XRANGE", events, start, b"+", b"COUNT", b"%d" % limit))
+                count = (b"COUNT", b"%d" % limit)
+                if newest:
+                    return pack((b"XREVRANGE", events, b"+", start, *count))
+                return pack((b"XRANGE", events, start, b"+", *count))
 
 
 def _fields(**values: str | float | None) -> list[bytes]:

@@ -107,8 +107,9 @@ def _other_answer(operation: Operation[Any], reply: Any) -> Any:
             return None if fence is None else Polled(int(fence), _optional_text(cancel))
         case Read(task_id=task_id):
             return _record(task_id, reply) if reply else None
-        case ReadEvents():
-            return [LogEntry(from_bytes(at), from_bytes(data)) for at, (_, data) in reply]
+        case ReadEvents(newest=newest):
+            entries = [LogEntry(from_bytes(at), from_bytes(data)) for at, (_, data) in reply]
+            return entries[::-1] if newest else entries
         case _:  # Leave
             return None
 
