@@ -25,6 +25,7 @@ from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import argon2
 import httpx
 import pytest
 
@@ -44,12 +45,16 @@ with warnings.catch_warnings():
     # do not name it, in the order of the imports, and its grants need these roles.
     import guillotina.permissions  # noqa: F401
     from guillotina import app_settings
-    from guillotina.auth.validators import hash_password
+    from guillotina.auth import validators
     from guillotina.component import globalregistry
     from guillotina.factory import make_app
 
     # guillotina's commands install uvloop for the whole process; the tests choose themselves.
     asyncio.set_event_loop_policy(None)
+
+# root's password is hashed at each start, and checked again. As dear as it should be, that is
+# a third of what these tests take.
+validators.ph = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 __all__ = [
     "Database",
@@ -178,7 +183,7 @@ class Site:
     ) -> None:
         """Make a user, whose password is the id, with roles everywhere."""
         app_settings["site_users"][user_id] = {
-            "password": hash_password(user_id, algorithm="sha512"),
+            "password": validators.hash_password(user_id, algorithm="sha512"),
             "roles": list(roles),
             "groups": list(groups),
         }
