@@ -95,5 +95,6 @@ $(VENV)/site-stamp: $(VENV)/venv-stamp pyproject.toml
 
 $(VENV)/tools-stamp: $(VENV)/venv-stamp pyproject.toml
 	@echo 'Installing the package, test and lint tools into $(VENV) ...'
-	@$(PIP_INSTALL) --editable '.[guillotina]' --group test --group lint
+	@# Python compiles what is imported; pip would compile all of it.
+	@$(PIP_INSTALL) --no-compile --editable '.[guillotina]' --group test --group lint
 	@touch $(VENV)/package-stamp $(VENV)/site-stamp $@

@@ -49,7 +49,7 @@ def configuration(server_settings: Settings, loop: str, tmp_path: Path) -> Setti
     return {
         "applications": ["tests.bridge.worker_site"],
         "databases": {"db": {"storage": "DUMMY"}},
-        "root_user": {"password": "root"},
+        "root_user": {"password": ""},  # nobody is to log in, and hashing it takes a while
         "jwt": {"secret": secrets.token_hex(32)},
         "site_oracle": str(tmp_path / "oracle"),
         **({} if policy is None else {"loop_policy": policy}),
