@@ -212,20 +212,15 @@ def _rabbit_suspend(world: World, rng: random.Random) -> Generator[Hit, None, No
 
 @fault("all connections closed by RabbitMQ", "servers")
 def _close_connections(world: World, rng: random.Random) -> Generator[Hit, None, None]:
-    world.servers.rabbit.evaluate(
-        # One may end by itself meanwhile, which would spare those behind it in the list.
-        '[catch rabbit_networking:close_connection(C, "chaos") || C <- '
-        "rabbit_networking:connections()]"
-    )
+    world.servers.rabbit.close_connections("chaos")
     yield _everybody(world)
 
 
 @fault("memory alarm of RabbitMQ", "servers", (1, 4))
 def _alarm(world: World, rng: random.Random) -> Generator[Hit, None, None]:
-    watermark = "vm_memory_monitor:set_vm_memory_high_watermark"
-    world.servers.rabbit.evaluate(f"{watermark}(0.0001)")
+    world.servers.rabbit.set_memory_limit(0.0001)
     yield _everybody(world)
-    world.servers.rabbit.evaluate(f"{watermark}(0.4)")
+    world.servers.rabbit.set_memory_limit(0.4)
 
 
 @fault("Redis SIGSTOPped for a while", "servers", (3, 5))

@@ -97,12 +97,8 @@ class RabbitRig(Rig):
     broker: RabbitBroker
     server: RabbitServer
 
-    async def ctl(self, *arguments: str) -> str:
-        """Run rabbitmqctl without stopping the event loop."""
-        return await anyio.to_thread.run_sync(self.server.ctl, *arguments)
-
     async def drop_connections(self) -> None:
-        await self.ctl("close_all_connections", "cut by the test")
+        await anyio.to_thread.run_sync(self.server.close_connections, "cut by the test")
 
     async def delete_queue(self, name: str) -> None:
         await self.delete([name])

@@ -78,12 +78,12 @@ async def test_wrong_vhost(rabbit: RabbitRig) -> None:
 
 
 async def test_vhost_without_permission(rabbit: RabbitRig) -> None:
-    await rabbit.ctl("add_user", "nobody", "secret")
+    rabbit.server.add_user("nobody", "secret")
     try:
         url = rabbit.server.url_for("nobody", "secret")
         said = await refusal(make_broker(rabbit.server, url=url))
     finally:
-        await rabbit.ctl("delete_user", "nobody")
+        rabbit.server.delete_user("nobody")
     assert "BrokerRefused" in said
     assert "user 'nobody' cannot use virtual host '/'" in said
 
@@ -96,14 +96,13 @@ async def test_ways_to_write_the_usual_vhost(rabbit: RabbitRig, path: str) -> No
 
 
 async def test_vhost_with_a_slash(rabbit: RabbitRig) -> None:
-    await rabbit.ctl("add_vhost", "a/b c")
+    rabbit.server.add_vhost("a/b c")
     try:
-        await rabbit.ctl("set_permissions", "-p", "a/b c", "guest", ".*", ".*", ".*")
         url = rabbit.server.url_for(vhost="a%2Fb%20c")
         async with make_broker(rabbit.server, url=url).session() as session:
             await rabbit.publish(session, b"1")
     finally:
-        await rabbit.ctl("delete_vhost", "a/b c")
+        rabbit.server.delete_vhost("a/b c")
 
 
 async def test_nobody_listens(rabbit: RabbitRig) -> None:
@@ -165,7 +164,11 @@ async def test_cancelled_while_connecting(rabbit: RabbitRig) -> None:
 
 async def test_the_connection_has_a_name(rabbit: RabbitRig) -> None:
     async with make_broker(rabbit.server, name="tasks of mine").session():
-        assert "tasks of mine" in await rabbit.ctl("list_connections", "client_properties")
+        known = "rabbit_networking:connection_info_all([client_properties])"
+        shown = rabbit.server.evaluate(
+            f'binary_to_list(iolist_to_binary(io_lib:format("~p", [{known}])))'
+        )
+        assert "tasks of mine" in shown
 
 
 async def test_nothing_is_logged_but_with_other_connections_in_mind(
@@ -260,14 +263,14 @@ def test_reading_what_the_broker_says(text: str, expected: str | None) -> None:
 @asynccontextmanager
 async def restricted(rabbit: RabbitRig) -> AsyncGenerator[BrokerSession]:
     """A session whose user may do nothing in the virtual host."""
-    await rabbit.ctl("add_user", "guarded", "secret")
+    rabbit.server.add_user("guarded", "secret")
     try:
-        await rabbit.ctl("set_permissions", "guarded", "^$", "^$", "^$")
+        rabbit.server.set_permissions("guarded", "^$")
         broker = make_broker(rabbit.server, url=rabbit.server.url_for("guarded", "secret"))
         async with broker.session() as session:
             yield session
     finally:
-        await rabbit.ctl("delete_user", "guarded")
+        rabbit.server.delete_user("guarded")
 
 
 async def test_no_permission(rabbit: RabbitRig) -> None:
@@ -299,13 +302,12 @@ async def test_consuming_from_no_queue(rabbit: RabbitRig) -> None:
 @contextmanager
 def server_option(server: RabbitServer, name: str, value: int) -> Generator[None]:
     """Change an option for channels that are opened from now on."""
-    before = server.ctl("eval", f"application:get_env(rabbit, {name}).").strip()
-    server.ctl("eval", f"application:set_env(rabbit, {name}, {value}).")
+    before = server.evaluate(f"element(2, application:get_env(rabbit, {name}))")
+    server.evaluate(f"application:set_env(rabbit, {name}, {value})")
     try:
         yield
     finally:
-        _, old = before.strip("{}").split(",")
-        server.ctl("eval", f"application:set_env(rabbit, {name}, {old}).")
+        server.evaluate(f"application:set_env(rabbit, {name}, {before})")
 
 
 @pytest.mark.parametrize(
@@ -393,13 +395,13 @@ async def test_memory_alarm(rabbit: RabbitRig, caplog: pytest.LogCaptureFixture)
     async with rabbit.broker.session() as session:
         await rabbit.declare(session)
         await rabbit.publish(session, b"1")
-        await rabbit.ctl("set_vm_memory_high_watermark", "0")
+        rabbit.server.set_memory_limit(0.0)
         try:
             with pytest.raises(PublishFailed, match="memory or disk alarm") as caught:
                 await session.publish(rabbit.topology.exchange, rabbit.message(b"2"), 0.5)
             assert caught.value.maybe
         finally:
-            await rabbit.ctl("set_vm_memory_high_watermark", "0.4")
+            rabbit.server.set_memory_limit(0.4)
         await rabbit.publish(session, b"3")
         assert await rabbit.bodies(session, rabbit.topology.queue, 3) == [b"1", b"2", b"3"]
     assert [r.message.partition(">")[2].split(":")[0] for r in caplog.records] == [

@@ -30,7 +30,7 @@ from .workers import ROOT, environment, run_python, start_python
 pytestmark = pytest.mark.anyio
 
 APP = ("--app", "tests.e2e.faulty:app")
-MANY = 120
+MANY = 200
 
 Errors = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -307,23 +307,27 @@ async def test_a_killed_replay_neither_loses_nor_doubles(
     tmp_path: Path,
 ) -> None:
     start_faulty("--max-running-tasks", "50")
+    # The first state reopened, and next to nothing published; some; some have run.
+    moments = ((1, 0), (60, 0), (150, 0), (0, 1))
     middle = 0
     async with app.connect():
-        # The first state reopened, and next to nothing published; some; some have run.
-        for reopened, ran in ((1, 0), (40, 0), (90, 0), (0, 1)):
-            path = tmp_path / f"oracle-{reopened}-{ran}"
-            names = [f"{reopened}-{ran}-{number}" for number in range(MANY)]
+        # Which moment is hit is up to the machine: again, until one was in the middle.
+        for turn, (reopened, ran) in enumerate(moments * 5):
+            if turn >= len(moments) and middle:
+                break
+            path = tmp_path / f"oracle-{turn}"
+            names = [f"{turn}-{number}" for number in range(MANY)]
             await fail_at_once(path, names)
             await letters_when(app, errors, MANY)
             faulty.repair(path)
             replay = ("-m", "amqp_tasks", "errors", "replay", "--all", *APP)
             with start_python(*replay, env=env) as process, anyio.fail_after(60):
-                while not await has_come(app, path, reopened, ran):
+                while not await has_come(app, path, f"{turn}-", reopened, ran):
                     await anyio.sleep(0.001)
                 process.send_signal(signal.SIGKILL)
                 code = await anyio.to_thread.run_sync(process.wait)
             left = await each_is_left_or_ran(app, path, names)
-            print(f"at {reopened}, {ran}: exit {code}, {left} left, {count_ends(path)} ran")
+            print(f"turn {turn}: exit {code}, {left} left, {count_ends(path)} ran")
             middle += 0 < left < MANY or 0 < count_ends(path) < MANY
             done = await anyio.to_thread.run_sync(errors, "replay", "--all")
             assert done.returncode == (0 if left else 1), done.stderr
@@ -338,11 +342,10 @@ async def fail_at_once(path: Path, names: Sequence[str]) -> None:
             tasks.start_soon(fail, faulty.work, path, name)
 
 
-async def has_come(app: TaskApp, path: Path, reopened: int, ran: int) -> bool:
+async def has_come(app: TaskApp, path: Path, prefix: str, reopened: int, ran: int) -> bool:
     """Tell whether that many states are not errored any more, or that many tasks have run."""
     if ran:
         return count_ends(path) >= ran
-    prefix = f"{reopened}-{ran}-"
     errored = await app.list_tasks(prefix=prefix, status=TaskStatus.ERRORED, limit=MANY)
     return len(errored) <= MANY - reopened
 

@@ -171,10 +171,12 @@ async def settled_census(before: Census) -> Census:
 
 async def run_round(server: RabbitServer | None) -> None:
     """Queue tasks and wait for them; in the middle of it the server's connections are cut."""
-    numbers = iter(range(TASKS))
+    numbers, middle = iter(range(TASKS)), anyio.Event()
 
     async def keep_queueing() -> None:
         for number in numbers:
+            if number == TASKS // 2:
+                middle.set()
             try:
                 await queue_one(number)
             except PublishFailed:  # the connection was cut just then
@@ -184,7 +186,8 @@ async def run_round(server: RabbitServer | None) -> None:
         for _ in range(AT_ONCE):
             callers.start_soon(keep_queueing)
         if server is not None:
-            await anyio.to_thread.run_sync(server.ctl, "close_all_connections", "a test cuts them")
+            await middle.wait()
+            await anyio.to_thread.run_sync(server.close_connections, "a test cuts them")
 
 
 async def test_rounds_of_everything_leave_nothing_behind(
