@@ -55,12 +55,17 @@ async def commit(txn: ITransaction) -> None:
         await _disconnect(txn)
         # It fails now; and if it should not, it may not be stored behind our back.
         ended = ended.then(await finish(ended.task, impatient=always, patience=PATIENCE))
+    is_stored = False
     if not ended.task.done():
-        # It waits for no database, then, but in a hook.
+        # It waits for no database, then: in a hook before the commit, in one after it, or for
+        # the cache, which comes between COMMIT and the status that tells of it.
+        is_stored = txn.status == Status.COMMITTING
+        if not is_stored:
+            _forbid(txn)
         ended.task.cancel()
         ended = ended.then(await finish(ended.task, impatient=always, patience=PATIENCE))
     error = _error(ended.task)
-    if txn.status == Status.COMMITTED:
+    if is_stored or txn.status == Status.COMMITTED:
         ended.overtake()
         if error is not None:
             log.error("a transaction was committed, and what came then failed", exc_info=error)
@@ -79,6 +84,18 @@ def _committing(txn: ITransaction) -> Coroutine[Any, Any, None]:
     if type(manager).commit is TransactionManager.commit:
         return manager._commit(txn=txn)  # type: ignore[no-any-return]
     return manager.commit(txn=txn)  # type: ignore[no-any-return]
+
+
+def _forbid(txn: ITransaction) -> None:
+    """See to it that a transaction which is not in its commit yet never stores anything.
+
+    The hook that it is in may not heed a cancellation, and return much later.
+    """
+
+    async def refuse() -> None:
+        raise RuntimeError("the transaction was given up, because a hook before it did not end")
+
+    txn.tpc_commit = txn.tpc_finish = refuse
 
 
 async def abort(txn: ITransaction) -> None:
@@ -107,8 +124,15 @@ async def _disconnect(txn: ITransaction) -> None:
 
 def _error(task: asyncio.Task[None]) -> BaseException | None:
     if not task.done():
+        task.add_done_callback(_ended_late)
         return TimeoutError("it goes on and on")
     return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+def _ended_late(task: asyncio.Task[None]) -> None:
+    # Nobody waits any more: asyncio would complain that its exception was never retrieved.
+    error = None if task.cancelled() else task.exception()
+    log.error("what a transaction could not wait for has ended at last", exc_info=error)
 
 
 def _is_cancelled() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -234,6 +235,61 @@ async def test_cancelled_in_a_hook_that_does_not_end(
     else:
         assert status == (TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED)
         assert "item" not in await titles(site)
+
+
+async def write_and_hang_in_the_cache() -> str:
+    """The cache comes between COMMIT and the status that says so."""
+    enter_stage()
+    await create_item("item")
+    get_transaction()._cache.close = wait_on_stage
+    return "done"
+
+
+@pytest.mark.parametrize("cancel", CANCELS)
+async def test_cancelled_when_it_is_stored_and_nobody_says_so(
+    start_site: StartSite, database: Database, cancel: Cancel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await start_site(database, "a")
+    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
+    async with working() as tasks:
+        handle = await tasks(write_and_hang_in_the_cache)
+        await cancel_on_stage(handle, cancel)
+        assert await handle.join(timeout=30) == TaskStatus.FINISHED
+        assert connections_in_use(site) == 0
+    assert "item" in await titles(site)
+
+
+async def heed_nothing() -> None:
+    Stage.reached.set()
+    while not Stage.go_on.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await Stage.go_on.wait()
+    note("gone on")
+
+
+async def write_and_heed_nothing() -> None:
+    enter_stage()
+    await create_item("item")
+    get_transaction().add_before_commit_hook(heed_nothing)
+
+
+@pytest.mark.parametrize("cancel", CANCELS)
+async def test_cancelled_in_a_hook_that_goes_on_all_the_same(
+    start_site: StartSite, database: Database, cancel: Cancel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await start_site(database, "a")
+    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
+    async with working() as tasks:
+        handle = await tasks(write_and_heed_nothing)
+        await cancel_on_stage(handle, cancel)
+        expected = TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED
+        assert await handle.join(timeout=30) == expected
+        Stage.go_on.set()
+        while "gone on" not in notes:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # for what comes after the hook, if anything did
+        assert connections_in_use(site) == 0
+    assert "item" not in await titles(site)
 
 
 async def set_title(item_id: str, title: str) -> str:
