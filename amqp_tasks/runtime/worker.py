@@ -106,6 +106,7 @@ class _WorkerService:
             presence=None,  # a worker has one anyway
             state_ttl=settings.state_ttl,
             clock=clock,
+            filter_extra=filter_extra,
         )
         if settings.beacon_ttl:
             link.beacon = Beacon(servers.topology, self.owner, settings.beacon_ttl)
@@ -178,11 +179,18 @@ class _WorkerService:
 
     async def _serve(self, task_status: TaskStatus[None]) -> None:
         async with anyio.create_task_group() as tasks:
-            await tasks.start(self._link.run)
-            task_status.started()
-            await self._stop_called.wait()
-            await self._intake.drain()
+            with anyio.CancelScope() as starting:
+                tasks.start_soon(self._cut_short, starting)
+                await tasks.start(self._link.run)
+            if not starting.cancelled_caught:
+                task_status.started()
+                await self._stop_called.wait()
+                await self._intake.drain()
             tasks.cancel_scope.cancel()
+
+    async def _cut_short(self, starting: anyio.CancelScope) -> None:
+        await self._stop_called.wait()
+        starting.cancel()
 
     async def _stop_when_cancelled(self) -> None:
         try:
