@@ -34,6 +34,7 @@ from .client import (
 )
 from .client.errors import ErrorQueue, open_error_queue
 from .client.state import state_from
+from .core.checks import check_count
 from .core.lifecycle import TaskStatus
 from .core.message import check_task_id
 from .core.retry import RetryPolicy
@@ -212,6 +213,7 @@ class TaskApp:
                 clock=self._clock,
                 may_start_without_broker=may_start_without_broker,
                 may_lose_broker=may_lose_broker,
+                filter_extra=self._filter_extra,
             ) as client,
         ):
             with self._using(client):
@@ -338,8 +340,7 @@ class TaskApp:
         Raises:
             ArgumentsError: there is no such status; or `limit` is no positive integer.
         """
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise ArgumentsError(f"limit={limit!r}: must be an integer of 1 or more")
+        check_count(limit, "limit")
         records = await self._client().list(prefix, _status(status), after, limit)
         return [state_from(record, (), _as_it_is) for record in records]
 

@@ -33,6 +33,7 @@ from amqp_tasks import (
     TaskStatus,
 )
 
+from .context import public_extra
 from .exceptions import TaskNotFoundException
 from .managers import is_custom
 from .service import get_service
@@ -154,7 +155,8 @@ async def info_task(context: IContainer, request: Request) -> Response:
         state = await _own_state(request.matchdict["task_id"])
     job_data = state.pop("job_data", None)
     if job_data is not None and can_debug_amqp(context):
-        state["job_data"] = job_data
+        # Clean, if it came here by a worker; but there are other ways, and other managers.
+        state["job_data"] = public_extra(job_data)
     # Not by guillotina's renderer: a result may be, say, an integer of more than 64 bits.
     body = to_json(state, inf_nan_mode="null", fallback=repr)
     return Response(body=body, content_type="application/json")

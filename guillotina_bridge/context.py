@@ -41,7 +41,7 @@ from zope.interface import alsoProvides
 from amqp_tasks import ArgumentsError
 
 from .exceptions import ContainerNotFound
-from .settings import secret_headers
+from .settings import SECRET_HEADERS, secret_headers
 
 __all__ = [
     "clear_task_vars",
@@ -124,8 +124,9 @@ def serialize_user(user: IPrincipal) -> dict[str, Any]:
     """
     known = getattr(user, "_groups_cache", None) or {}
     more = {
+        # Not by its id, which anybody might have been given.
+        "is_system": user is SystemUser or isinstance(user, SystemUser),
         "permissions": _settings_of(user, "permissions"),
-        "properties": _as_json(getattr(user, "properties", None) or {}, "the user's properties"),
         "group_grants": {
             name: {key: _settings_of(group, key) for key in ("roles", "permissions")}
             for name, group in known.items()
@@ -184,18 +185,21 @@ def without_credentials(data: Mapping[str, Any]) -> dict[str, Any]:
         query = _public_query(query)
         clean["url"] = f"{path}?{query}" if query else path
     if isinstance(user := data.get("user"), Mapping):
-        clean["user"] = {**_without_secret(user), **_public_headers(user)}
+        clean["user"] = {
+            **{key: value for key, value in user.items() if key.lower() not in SECRET_HEADERS},
+            **_public_headers(user),
+        }
     return clean
 
 
 def _public_headers(data: Mapping[str, Any]) -> dict[str, Any]:
-    headers = data.get("headers")
-    return {"headers": _without_secret(headers)} if isinstance(headers, Mapping) else {}
-
-
-def _without_secret(headers: Mapping[str, Any]) -> dict[str, Any]:
-    secret = secret_headers(app_settings)
-    return {name: value for name, value in headers.items() if name.lower() not in secret}
+    """Return the headers without those that are secret; none, if they are no mapping."""
+    if "headers" not in data:
+        return {}
+    headers, secret = data["headers"], secret_headers(app_settings)
+    if not isinstance(headers, Mapping):
+        return {"headers": {}}
+    return {"headers": {name: headers[name] for name in headers if name.lower() not in secret}}
 
 
 def _public_query(query: str) -> str:
@@ -272,14 +276,13 @@ def restore_user(data: Mapping[str, Any] | None) -> IPrincipal | None:
         return get_utility(IApplication, name="root").root_user
     if data["id"] == ANONYMOUS_USER_ID:
         return AnonymousUser()
-    if data["id"] == SystemUser.id:
+    if data.get("is_system") is True:
         return SystemUser  # guillotina's security policy knows it by the class
     user = GuillotinaUser(
         data["id"],
         groups=list(data.get("groups") or ()),
         roles=dict.fromkeys(data.get("roles") or (), Allow),
         permissions=_settings(data.get("permissions")),
-        properties=dict(data.get("properties") or {}),
         groups_cache={
             name: _restore_group(name, grants)
             for name, grants in (data.get("group_grants") or {}).items()
@@ -291,6 +294,8 @@ def restore_user(data: Mapping[str, Any] | None) -> IPrincipal | None:
 
 def _restore_group(name: str, grants: Mapping[str, Any]) -> GuillotinaGroup:
     group = GuillotinaGroup(name)
+    group.roles.clear()  # guillotina gives some to a group of a certain name
+    group.permissions.clear()
     group.roles.update(_settings(grants.get("roles")))
     group.permissions.update(_settings(grants.get("permissions")))
     return group

@@ -13,7 +13,7 @@ from guillotina.db.transaction import Status
 from guillotina.exceptions import ConflictError
 from guillotina.interfaces import IDatabase
 
-from amqp_tasks import Attempt, UnknownTask, current_attempt
+from amqp_tasks import Attempt, current_attempt
 
 from . import transaction
 from .aio import run_in
@@ -96,7 +96,7 @@ def _known_name(job: Job) -> str:
     try:
         if separated:
             find_function(name)
-    except UnknownTask:
+    except Exception:  # importing it runs its module, and the attempt itself fails of that
         return f"{kind}/unknown"
     return job.function_name
 

@@ -43,6 +43,10 @@ PAGE: Final = 200
 """States that are read in one go: with them come their messages and results."""
 
 
+WHOLE_LOG: Final = 1_000_000
+"""Entries: what a task has added by updates may be anywhere among them."""
+
+
 def get_state_manager(loop: object = None) -> Any:
     """Return the utility, an `IStateManagerUtility`, that `persistent_manager` names.
 
@@ -79,7 +83,7 @@ def is_custom() -> bool:
 async def state_in_app(task_id: str) -> TaskState | None:
     """Return the state of a task as its workers keep it; None if there is none."""
     try:
-        return await _handle(task_id).state()
+        return await _handle(task_id).state(log_entries=WHOLE_LOG)
     except (TaskNotFound, ArgumentsError):  # the latter: it can be no task's id
         return None
 

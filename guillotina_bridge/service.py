@@ -284,7 +284,7 @@ class BridgeService:
 
     def _up(self) -> None:
         if self._first.done():
-            log.warning("the servers can be used again")
+            log.warning("the servers can be used now")
         self._is_up = True
         self._is_known()
 

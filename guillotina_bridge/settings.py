@@ -22,6 +22,7 @@ from amqp_tasks import Settings, SettingsError, TaskApp
 
 __all__ = [
     "DEFAULTS",
+    "SECRET_HEADERS",
     "BridgeSettings",
     "address",
     "read_settings",

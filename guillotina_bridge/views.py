@@ -21,6 +21,9 @@ RESERVED: Final = frozenset(
 )
 """Keys of a state that no task can update."""
 
+LATEST: Final = 1_000
+"""Entries of the event log that are shown."""
+
 _NOT_SHOWN: Final = {UPDATE, "result"}
 
 
@@ -39,7 +42,7 @@ def view(state: TaskState) -> dict[str, Any]:
             [_local_time(entry["at"]), entry["message"]]
             for entry in state.eventlog
             if entry["kind"] not in _NOT_SHOWN
-        ],
+        ][-LATEST:],
     }
     if state.status is TaskStatus.FINISHED:
         shown["result"] = state.result  # whatever it is: 0, "" and [] are results

@@ -9,7 +9,7 @@ import anyio
 from anyio.abc import TaskStatus as StartReport
 
 from ..core.lifecycle import TaskStatus
-from ..core.message import Message
+from ..core.message import FilterExtra, Message
 from ..core.operations import LogEntry
 from ..core.outcome import CancelReason
 from ..core.record import TaskRecord
@@ -75,6 +75,7 @@ class _ClientService:
         clock: Callable[[], float],
         may_start_without: bool,
         may_lose: bool,
+        filter_extra: FilterExtra | None,
     ) -> None:
         store = servers.make_store()
         self._state = StateClient(store)
@@ -95,6 +96,7 @@ class _ClientService:
             presence=Presence(self._state, owner, settings.presence_ttl, {"role": "producer"}),
             state_ttl=settings.state_ttl,
             clock=clock,
+            filter_extra=filter_extra,
         )
 
     async def run(self, *, task_status: StartReport[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -112,11 +114,18 @@ async def open_client(
     clock: Callable[[], float],
     may_start_without_broker: bool,
     may_lose_broker: bool,
+    filter_extra: FilterExtra | None,
 ) -> AsyncGenerator[Client, None]:
     """Connect a producer for as long as the block."""
     with single_error() as edge:
         service = await io.make(
-            _ClientService, servers, settings, clock, may_start_without_broker, may_lose_broker
+            _ClientService,
+            servers,
+            settings,
+            clock,
+            may_start_without_broker,
+            may_lose_broker,
+            filter_extra,
         )
         async with anyio.create_task_group() as tasks:
             await tasks.start(io.serve, service.run)

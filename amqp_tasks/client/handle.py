@@ -9,7 +9,7 @@ from typing import Any, Final, Generic, TypeVar
 import anyio
 from pydantic_core import from_json
 
-from ..core.checks import check_seconds
+from ..core.checks import check_count, check_seconds
 from ..core.lifecycle import TaskStatus
 from ..core.record import TaskRecord
 from ..exceptions import AmqpTasksError, RemoteTaskError, ResultTimeout, TaskCanceled
@@ -21,8 +21,6 @@ from .state import TaskState, state_from
 __all__ = ["TaskHandle"]
 
 R_co = TypeVar("R_co", covariant=True)
-
-EVENTS_IN_STATE: Final = 1_000
 
 SHORT_WAIT: Final = 0.1
 """Seconds for which a task that waits for another keeps its slot."""
@@ -111,15 +109,20 @@ class TaskHandle(Generic[R_co]):
         """
         return (await self._client().read(self.task_id)).status
 
-    async def state(self) -> TaskState:
-        """Return all that is known about the task, with the latest 1,000 log entries.
+    async def state(self, *, log_entries: int = 1_000) -> TaskState:
+        """Return all that is known about the task.
+
+        Args:
+            log_entries: of its event log the latest, as many at most.
 
         Raises:
             TaskNotFound: nothing is known about it.
+            ArgumentsError: `log_entries` is no positive integer.
         """
+        check_count(log_entries, "log_entries")
         client = self._client()
         record = await client.read(self.task_id)
-        events = await client.latest_events(self.task_id, EVENTS_IN_STATE)
+        events = await client.latest_events(self.task_id, log_entries)
         return state_from(record, events, self._decode_result)
 
     async def cancel(self) -> bool:
@@ -138,8 +141,7 @@ class TaskHandle(Generic[R_co]):
         """Start an errored task anew, with its first attempt.
 
         Like replaying its letter of the error queue, which is of no more use then and is
-        removed when somebody replays it. A deadline is dropped if it is over, and what its
-        message said beside the call (a timeout of its own) is not known any more.
+        removed when somebody replays it. A deadline is dropped if it is over.
 
         Returns:
             False if the task is not errored, and stays as it is.
@@ -185,6 +187,8 @@ class TaskHandle(Generic[R_co]):
                 return await self._wait_for_end()
             with anyio.move_on_after(LAST_LOOK), suppress(AmqpTasksError):
                 record = await self._client().read(self.task_id)
+                if record.status.ended:
+                    return record
         raise ResultTimeout(
             f"task {self.task_id!r} has not ended within {limit:g} s{_how_it_does(record)}"
         )
@@ -198,7 +202,7 @@ def _how_it_does(record: TaskRecord | None) -> str:
     if record.error is None:
         return text
     error = _remote_error(record)
-    return f"{text}, and the one before failed: {error.type}: {error.message:.300}"
+    return f"{text}, after a failure: {error.type}: {error.message:.300}"
 
 
 def _remote_error(record: TaskRecord) -> RemoteTaskError:

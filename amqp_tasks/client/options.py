@@ -12,7 +12,7 @@ from uuid import uuid4
 import anyio
 
 from ..core.checks import check_instant, check_seconds
-from ..core.message import FilterExtra, Message, check_task_id
+from ..core.message import FilterExtra, Message, check_task_id, filtered
 from ..exceptions import ArgumentsError
 from ..registry import TaskDefinition
 
@@ -71,9 +71,8 @@ class CallOptions:
             ArgumentsError: an argument or an option is not what it must be.
         """
         plain_args, plain_kwargs = task.signature.encode_arguments(args, kwargs)
-        extra = self._extra()
         return Message.compose(
-            extra=extra if filter_extra is None else filter_extra(extra),
+            extra=filtered(self._extra(), filter_extra),
             task_id=uuid4().hex if self.task_id is None else check_task_id(self.task_id),
             func=task.name,
             args=plain_args,

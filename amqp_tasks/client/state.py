@@ -45,7 +45,7 @@ class TaskState:
     job: Mapping[str, Any]
     """The message's body: func, args, kwargs, task_id and whatever else is in it."""
     eventlog: Sequence[Mapping[str, Any]]
-    """What the task has logged, of its latest 1,000 entries: at, attempt, kind, message."""
+    """What the task has logged, its latest entries: at, attempt, kind, message."""
 
 
 def state_from(

@@ -8,7 +8,18 @@ from typing import Any
 
 from ..exceptions import AmqpTasksError, ArgumentsError
 
-__all__ = ["check_instant", "check_seconds"]
+__all__ = ["check_count", "check_instant", "check_seconds"]
+
+
+def check_count(value: Any, name: str) -> int:
+    """Return `value` if it is a positive integer.
+
+    Raises:
+        ArgumentsError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentsError(f"{name}={value!r:.80}: must be an integer of 1 or more")
+    return value
 
 
 def check_seconds(

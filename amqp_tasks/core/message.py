@@ -42,6 +42,7 @@ __all__ = [
     "clean",
     "decode",
     "error_headers",
+    "filtered",
     "fitting",
     "passed_on",
     "task_id_problem",
@@ -216,9 +217,25 @@ def decode(
         raise
 
 
+def filtered(extra: Mapping[str, Any], filter_extra: FilterExtra | None) -> Mapping[str, Any]:
+    """Return what is kept of the members beside a call.
+
+    Raises:
+        ArgumentsError: the filter has returned something else.
+    """
+    if filter_extra is None:
+        return extra
+    kept: Any = filter_extra(extra)
+    if not isinstance(kept, Mapping) or not all(isinstance(key, str) for key in kept):
+        raise ArgumentsError(
+            f"filter_extra has returned {kept!r:.200}: must be a mapping with texts as keys"
+        )
+    return kept
+
+
 def _filtered(message: Message, filter_extra: FilterExtra) -> Message:
     try:
-        extra = filter_extra(message.extra)
+        extra = filtered(message.extra, filter_extra)
         if extra == message.extra:
             return message
         fresh = Message.compose(

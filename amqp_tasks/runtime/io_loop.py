@@ -142,8 +142,9 @@ def runs_trio() -> bool:
 
     Importing Trio takes a while, so that is left to those who use it.
     """
-    trio = sys.modules.get("trio")
-    return trio is not None and trio.lowlevel.in_trio_run()
+    # It may just be being imported, in another thread.
+    trio = getattr(sys.modules.get("trio"), "lowlevel", None)
+    return trio is not None and trio.in_trio_run()
 
 
 class Inbox(Generic[T]):

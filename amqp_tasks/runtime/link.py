@@ -119,9 +119,10 @@ class Link:
         with anyio.move_on_after(timeout):
             await self._connected.wait()
         if self._session is None:
+            why = self._problem or "the first attempt goes on"
             raise PublishFailed(
                 f"no connection to {self.broker.address} within {timeout:g} s "
-                f"(publish_timeout): {self._problem or 'none yet'}; nothing was queued",
+                f"(publish_timeout): {why}; nothing was queued",
                 maybe=False,
             )
         left = timeout - (anyio.current_time() - began)
@@ -170,13 +171,15 @@ class Link:
                         f"{error} (for {down:.0f} s; reconnect_timeout={limit:g})"
                     ) from error
                 self._problem = error
-                log.warning("cannot connect, tried again: %s", error)
+                # A broker that refuses to serve is not merely away.
+                level = logging.WARNING if isinstance(error, BrokerUnavailable) else logging.ERROR
+                log.log(level, "cannot connect, tried again: %s", error)
 
     async def _one_session(self, task_status: TaskStatus[None]) -> None:
         async with self.broker.session() as session:
             await self._declare(session)
             if self._problem is not None:
-                log.warning("connected to %s again", self.broker.address)
+                log.warning("connected to %s", self.broker.address)
                 self._problem = None
             self._session = session
             self._connected.set()

@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 
 from ..abc import Listener, StateStore
 from ..core.lifecycle import TaskStatus
-from ..core.message import Message, decode
+from ..core.message import FilterExtra, Message, decode
 from ..core.operations import (
     CANCELED_NOW,
     REQUESTED,
@@ -57,6 +57,7 @@ class Producer:
             else says so.
         state_ttl: seconds for which the state of a task that was not queued is kept.
         clock: seconds since the epoch.
+        filter_extra: see `decode`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Producer:
         presence: Presence | None,
         state_ttl: float,
         clock: Callable[[], float],
+        filter_extra: FilterExtra | None = None,
     ) -> None:
         self._link = link
         self._state = state
@@ -80,6 +82,7 @@ class Producer:
         self._services: TaskGroup
         self._state_ttl = state_ttl
         self._clock = clock
+        self._filter_extra = filter_extra
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[None, None]:
@@ -149,7 +152,7 @@ class Producer:
             PublishFailed, StateStoreError: it may not have been queued; calling again is safe.
         """
         record, now = await self.read(task_id), self._clock()
-        call = decode(record.job.encode())
+        call = decode(record.job.encode(), filter_extra=self._filter_extra)
         call = replace(call, deadline=record.deadline, timeout=record.timeout, parent=record.parent)
         message = as_new(call, now=now)
         reopen = reopening(message, now=now)

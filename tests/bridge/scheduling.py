@@ -193,6 +193,13 @@ async def updating() -> str:
 
 
 @task
+async def update_and_log(count: int) -> None:
+    await get_state_manager().update(current_attempt().task_id, {"phase": "early"})
+    for number in range(count):
+        await current_attempt().log(number)
+
+
+@task
 async def reserved_update() -> None:
     data = {"status": "finished", "eventlog": [], "progress": 1}
     await get_state_manager().update(current_attempt().task_id, data)

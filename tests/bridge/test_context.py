@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from guillotina import task_vars
+from guillotina import app_settings, task_vars
 from guillotina.auth.users import ANONYMOUS_USER_ID as NOBODY
 from guillotina.auth.users import AnonymousUser, GuillotinaUser, SystemUser
 from guillotina.content import create_content_in_container
@@ -340,21 +340,43 @@ def test_a_users_own_permissions_and_those_of_his_groups() -> None:
         "bob",
         groups=["g", "unknown"],
         permissions={"my.Perm": Allow, "guillotina.DeleteContent": Deny, "my.Unset": Unset},
-        properties={"colour": "blue"},
+        properties={"token": object()},  # nothing that a task is told
         groups_cache={"g": group},
     )
     data = json.loads(json.dumps(serialize_user(user)))
     again = restore_user(data)
     assert again is not None
     assert again.permissions == {"my.Perm": Allow, "guillotina.DeleteContent": Deny}
-    assert again.properties == {"colour": "blue"}
+    assert again.properties == {}
     assert again._groups_cache["g"].roles == {"guillotina.Editor": Allow}
     assert again._groups_cache["g"].permissions == {"my.Other": Allow}
     assert list(again._groups_cache) == ["g"]
 
 
+def test_a_group_gives_no_more_than_it_gave() -> None:
+    """guillotina gives roles to any group that is called so."""
+    group = GuillotinaUser("Managers", roles={"guillotina.Reader": 1})
+    user = GuillotinaUser("bob", groups=["Managers"], groups_cache={"Managers": group})
+    again = restore_user(serialize_user(user))
+    assert again is not None
+    assert again._groups_cache["Managers"].roles == {"guillotina.Reader": Allow}
+
+
 def test_the_system_user() -> None:
-    assert restore_user(serialize_user(SystemUser)) is SystemUser
+    assert restore_user(json.loads(json.dumps(serialize_user(SystemUser)))) is SystemUser
+
+
+def test_a_user_who_is_called_like_the_system_user() -> None:
+    again = restore_user(serialize_user(GuillotinaUser(SystemUser.id)))
+    assert again is not None
+    assert again is not SystemUser
+    assert (again.id, again.roles) == (SystemUser.id, {})
+
+
+def test_what_a_user_has_is_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(app_settings, "amqp", {"secret_headers": ["Id", "X-Key"]})
+    user = {"id": "bob", "headers": [["X-Key", "k3y"]], "Authorization": "t0ken"}
+    assert without_credentials({"user": user}) == {"user": {"id": "bob", "headers": {}}}
 
 
 @pytest.mark.parametrize(

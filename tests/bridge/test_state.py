@@ -35,6 +35,7 @@ from .scheduling import (
     ran,
     reserved_update,
     scheduled,
+    update_and_log,
     updating,
     wait,
     within_request,
@@ -183,6 +184,12 @@ async def test_a_task_updates_its_own_state(site: Site) -> None:
     assert (state["progress"], state["phase"]) == (2, "writing")
     assert (state["status"], state["result"], state["eventlog"]) == ("finished", "done", [])
     assert await get_state_manager().get(state["task_id"]) == state
+
+
+async def test_an_update_is_kept_however_long_the_log_gets(site: Site) -> None:
+    state = await scheduled(site, lambda: update_and_log(1_100))
+    assert state["phase"] == "early"
+    assert [message for _, message in state["eventlog"]] == list(range(100, 1_100))
 
 
 async def test_what_the_worker_keeps_and_others_states_cannot_be_updated(site: Site) -> None:

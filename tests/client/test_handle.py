@@ -191,7 +191,7 @@ async def test_a_timeout_says_how_the_task_does(app: TaskApp, timeout: float) ->
             await napping.result(timeout=timeout)
         with pytest.raises(ResultTimeout) as caught:
             await failing.result(timeout=timeout)
-    assert "; it is retrying, attempt 2, and the one before failed: " in str(caught.value)
+    assert "; it is retrying, attempt 2, after a failure: " in str(caught.value)
     assert str(caught.value).endswith(": no such thing")
 
 

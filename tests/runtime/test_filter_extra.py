@@ -8,7 +8,14 @@ from typing import Any
 import anyio
 import pytest
 
-from amqp_tasks import RemoteTaskError, RetryPolicy, TaskApp, TaskStatus, current_attempt
+from amqp_tasks import (
+    ArgumentsError,
+    RemoteTaskError,
+    RetryPolicy,
+    TaskApp,
+    TaskStatus,
+    current_attempt,
+)
 from amqp_tasks.core.message import Message
 
 from . import shop
@@ -91,10 +98,12 @@ async def test_a_body_of_which_everything_is_kept_stays_as_it_is(app: TaskApp) -
     assert kept == body
 
 
-@pytest.mark.parametrize("answer", [None, {"token": object()}, {"func": "other"}])
+@pytest.mark.parametrize(
+    "answer", [LookupError, None, ["tenant"], {1: "a"}, {"token": object()}, {"func": "other"}]
+)
 async def test_a_filter_that_fails_loses_nothing(make_app: MakeApp, answer: Any) -> None:
     def fails(extra: Mapping[str, Any]) -> Any:
-        if answer is None and extra:
+        if extra and answer is LookupError:
             raise LookupError("no such tenant")
         return answer if extra else extra
 
@@ -109,3 +118,25 @@ async def test_a_filter_that_fails_loses_nothing(make_app: MakeApp, answer: Any)
     assert kept == message.body
     assert headers["error-reason"] == "undecodable"
     assert "cannot be filtered" in headers["error-message"]
+
+
+@pytest.mark.parametrize("answer", [None, "text", {"func": "other"}])
+async def test_a_filter_that_fails_queues_nothing(make_app: MakeApp, answer: Any) -> None:
+    app = make_app(filter_extra=lambda _: answer)
+    async with app.connect():
+        with pytest.raises(ArgumentsError, match="extra"):
+            await app.task(shop.add)(1)
+        assert await app.list_tasks() == []
+
+
+async def test_a_retry_filters_what_is_in_an_old_state(make_app: MakeApp) -> None:
+    unfiltered = make_app()
+    fail = unfiltered.task(retry=RetryPolicy(max_retries=0))(shop.fail).options(extra=SECRET)
+    async with unfiltered.worker():
+        handle = await fail()
+        await handle.join(timeout=10)
+    app = make_app(filter_extra=without_token)
+    app.__dict__["_memory"] = unfiltered._memory
+    async with app.connect():
+        assert await app.handle(handle.task_id).retry()
+        assert "s3cret" not in str(await app.handle(handle.task_id).state())
