@@ -86,6 +86,7 @@ class TaskApp:
 
     Raises:
         SettingsError: a setting is wrong; names it.
+        ArgumentsError: what has to be a function is none.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class TaskApp:
         **settings: Any,
     ) -> None:
         self.tasks = TaskRegistry(find)
-        self._middleware = tuple(middleware)
+        self._middleware = _functions(middleware, "middleware")
+        if filter_extra is not None:
+            _functions([filter_extra], "filter_extra")
         self._filter_extra = filter_extra
         self._clock = clock
         self._keywords = settings
@@ -120,9 +123,9 @@ class TaskApp:
         Raises:
             SettingsError: a setting is wrong; names it.
         """
-        self._flags.update(flags)
-        self.__dict__.pop("_settings", None)
-        self._read_settings()
+        new = {**self._flags, **flags}
+        self._settings = load_settings(self._keywords, new)
+        self._flags = new  # only now: what was wrong is forgotten
 
     # ----------------------------------------------------------------- defining
 
@@ -490,6 +493,15 @@ class TaskApp:
             "this needs a connection, and there is none on this event loop: put it within "
             "`async with app.connect():` (or run it in a worker)"
         )
+
+
+def _functions(values: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise ArgumentsError(f"{name}={values!r:.200}: must be a list of functions")
+    for value in values:
+        if not callable(value):
+            raise ArgumentsError(f"{name}: {value!r:.200} must be a function")
+    return tuple(values)
 
 
 def _status(value: TaskStatus | str | None) -> TaskStatus | None:

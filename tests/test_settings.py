@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from amqp_tasks import TaskApp
 from amqp_tasks.exceptions import SettingsError
 from amqp_tasks.settings import ENV_PREFIX, Settings, hide_password, load_settings
 
@@ -276,3 +277,12 @@ def test_hiding_a_password_leaves_the_rest(url: str, hidden: str) -> None:
 @given(password=st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=6))
 def test_a_url_with_any_plain_password_is_shown_without_it(password: str) -> None:
     assert hide_password(f"amqp://u:{password}@h/v") == "amqp://u:***@h/v"
+
+
+def test_a_wrong_flag_is_forgotten() -> None:
+    app = TaskApp(queue="before")
+    with pytest.raises(SettingsError, match="queue_typ"):
+        app.configure(queue_typ="classic")
+    assert app.settings.queue == "before"
+    app.configure(queue="after")
+    assert app.settings.queue == "after"

@@ -60,8 +60,8 @@ _EPILOG = """
 \b
 Exit codes:
   0  done
-  1  nothing matches; or something that does cannot be replayed or dropped; or there were
-     more letters than can be looked at
+  1  nothing matches (an empty list is no error); or something that does cannot be replayed
+     or dropped; or there were more letters than can be looked at
   2  wrong usage: a flag, a setting, or --app
   3  the broker or the state store cannot be used, or was lost
 """

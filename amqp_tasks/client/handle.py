@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from ..core.checks import check_count, check_seconds
 from ..core.lifecycle import TaskStatus
 from ..core.record import TaskRecord
-from ..exceptions import AmqpTasksError, RemoteTaskError, ResultTimeout, TaskCanceled
+from ..exceptions import AmqpTasksError, DecodeError, RemoteTaskError, ResultTimeout, TaskCanceled
 from ..runtime.attempt import attempt_or_none
 from .client import Client
 from .events import TaskEvents
@@ -71,6 +71,8 @@ class TaskHandle(Generic[R_co]):
             TaskCanceled: the task was canceled.
             TaskNotFound: nothing is known about it.
             ResultTimeout: it has not ended in time. A `TimeoutError`.
+            DecodeError: the result does not fit the task's annotation: the id may be that of
+                another task.
         """
         return self._result_of(await self._wait(timeout))
 
@@ -81,10 +83,19 @@ class TaskHandle(Generic[R_co]):
         """
         return self._result_of(await self._client().wait(self.task_id))
 
+    def _decoded(self, record: TaskRecord, text: str) -> R_co:
+        try:
+            return self._decode_result(text)
+        except Exception as error:  # validators are the user's code
+            raise DecodeError(
+                f"task {self.task_id!r} is {record.name}, and its result {text:.100} is not what "
+                "this handle expects; was the id given to two different tasks?"
+            ) from error
+
     def _result_of(self, record: TaskRecord) -> R_co:
         match record.status:
             case TaskStatus.FINISHED:
-                return self._decode_result(record.result or "null")
+                return self._decoded(record, record.result or "null")
             case TaskStatus.ERRORED:
                 raise _remote_error(record)
             case _:
@@ -123,7 +134,7 @@ class TaskHandle(Generic[R_co]):
         client = self._client()
         record = await client.read(self.task_id)
         events = await client.latest_events(self.task_id, log_entries)
-        return state_from(record, events, self._decode_result)
+        return state_from(record, events, lambda text: self._decoded(record, text))
 
     async def cancel(self) -> bool:
         """Cancel the task: what waits never starts, and what runs is stopped.

@@ -12,6 +12,7 @@ import pytest
 from amqp_tasks import (
     AmqpTasksError,
     ArgumentsError,
+    DecodeError,
     RemoteTaskError,
     ResultTimeout,
     RetryPolicy,
@@ -387,6 +388,18 @@ async def test_a_status_that_there_is_not_is_refused(app: TaskApp) -> None:
     async with app.connect():
         with pytest.raises(ArgumentsError, match="status='done': must be one of scheduled"):
             await app.list_tasks(status="done")
+
+
+async def test_an_id_that_is_another_task_s(app: TaskApp) -> None:
+    nap, add = app.task(shop.nap), app.task(shop.add)
+    async with app.worker():
+        await (await nap.options(task_id="one")(0.1)).join(timeout=10)
+        handle = await add.options(task_id="one")(1)  # which stands for the first
+        for ask in (handle.result, handle.state):
+            with pytest.raises(
+                DecodeError, match=r"task 'one' is .*shop\.nap, and its result \"nap\""
+            ):
+                await ask()
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "5", True, None])

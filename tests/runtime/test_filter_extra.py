@@ -120,6 +120,15 @@ async def test_a_filter_that_fails_loses_nothing(make_app: MakeApp, answer: Any)
     assert "cannot be filtered" in headers["error-message"]
 
 
+@pytest.mark.parametrize("wrong", [3, ["token"], "text"])
+@pytest.mark.parametrize("name", ["filter_extra", "middleware"])
+async def test_what_is_no_function_is_refused_at_once(
+    make_app: MakeApp, name: str, wrong: Any
+) -> None:
+    with pytest.raises(ArgumentsError, match=f"{name}.*must be a"):
+        make_app(**{name: wrong})
+
+
 @pytest.mark.parametrize("answer", [None, "text", {"func": "other"}])
 async def test_a_filter_that_fails_queues_nothing(make_app: MakeApp, answer: Any) -> None:
     app = make_app(filter_extra=lambda _: answer)
