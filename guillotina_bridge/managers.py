@@ -42,7 +42,6 @@ __all__ = [
 PAGE: Final = 200
 """States that are read in one go: with them come their messages and results."""
 
-
 WHOLE_LOG: Final = 1_000_000
 """Entries: what a task has added by updates may be anywhere among them."""
 
@@ -80,10 +79,14 @@ def is_custom() -> bool:
     return get_service().settings.persistent_manager not in ("memory", "redis")
 
 
-async def state_in_app(task_id: str) -> TaskState | None:
-    """Return the state of a task as its workers keep it; None if there is none."""
+async def state_in_app(task_id: str, *, log_entries: int = WHOLE_LOG) -> TaskState | None:
+    """Return the state of a task as its workers keep it; None if there is none.
+
+    Args:
+        log_entries: the latest of its log, as many at most: 1 for who does not look at it.
+    """
     try:
-        return await _handle(task_id).state(log_entries=WHOLE_LOG)
+        return await _handle(task_id).state(log_entries=log_entries)
     except (TaskNotFound, ArgumentsError):  # the latter: it can be no task's id
         return None
 
@@ -152,7 +155,7 @@ class _AppStateManager:
 
     async def is_canceled(self, task_id: str) -> bool:
         """Return whether a task has been canceled, or is to be as soon as it stops."""
-        state = await state_in_app(task_id)
+        state = await state_in_app(task_id, log_entries=1)
         return state is not None and (
             state.status is TaskStatus.CANCELED or state.cancel_requested is not None
         )
@@ -163,7 +166,7 @@ class _AppStateManager:
 
     async def is_mine(self, task_id: str) -> bool:
         """Return whether a worker of this process runs the task."""
-        state = await state_in_app(task_id)
+        state = await state_in_app(task_id, log_entries=1)
         own = get_service().worker_id
         return state is not None and state.status is TaskStatus.RUNNING and state.worker == own
 

@@ -245,11 +245,11 @@ async def _tell_end(attempt: Attempt) -> None:
     pause = FIRST_LOOK
     while True:
         with _away():
-            state = await state_in_app(attempt.task_id)
-            if state is None:
-                return  # and nobody will know more
-            if not _is_under_way(state, attempt):
-                await _tell(state)
+            state = await state_in_app(attempt.task_id, log_entries=1)
+            if state is None or not _is_under_way(state, attempt):
+                whole = await state_in_app(attempt.task_id)
+                if whole is not None:  # or else nobody will know more
+                    await _tell(whole)
                 return
         await anyio.sleep(pause)
         pause = min(pause * 2, LONGEST_LOOK)

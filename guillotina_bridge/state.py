@@ -75,7 +75,12 @@ class TaskState:
 
     async def get_status(self) -> str | None:
         """Return its status; None if a state manager of an application's own knows none."""
-        return (await self.get_state()).get("status")
+        if is_custom():
+            return (await self.get_state()).get("status")
+        state = await state_in_app(self.task_id, log_entries=1)
+        if state is None:
+            raise TaskNotFoundException(self.task_id)
+        return str(state.status)
 
     async def get_result(self) -> Any:
         """Return its result; None if it is errored.
