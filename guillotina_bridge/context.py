@@ -101,18 +101,18 @@ def serialize_request(request: Request) -> dict[str, Any]:
     # guillotina's own `url` quotes nothing, and cannot be taken apart again.
     host = quote(request.host or "", safe=IN_HOSTS)
     url = f"{request.scheme}://{host}{quote(request.path, safe=IN_PATHS)}"
-    query = _public_query(request.query_string)
-    annotations, secret = getattr(request, "annotations", None) or {}, secret_headers(app_settings)
-    return {
-        "url": f"{url}?{query}" if query else url,
+    annotations = getattr(request, "annotations", None) or {}
+    data = {
+        "url": f"{url}?{request.query_string}",
         "method": request.method,
         "headers": {
             str(name): values[0] if len(values) == 1 else values
             for name in dict.fromkeys(request.headers)
-            if name.lower() not in secret and (values := request.headers.getall(name))
+            if (values := request.headers.getall(name))
         },
         "annotations": _as_json(annotations, "the request's annotations"),
     }
+    return without_credentials(data)
 
 
 def serialize_user(user: IPrincipal) -> dict[str, Any]:
