@@ -59,6 +59,11 @@ def enter_stage() -> None:
     Stage.attempt, Stage.task = current_attempt(), task
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
+
+
 async def wait_on_stage(*_: Any) -> None:
     Stage.reached.set()
     await Stage.go_on.wait()
@@ -106,6 +111,11 @@ CANCELS = [as_a_user, natively]
 Cancel = Callable[[TaskHandle[Any]], Awaitable[Any]]
 
 
+def status_after(cancel: Cancel) -> TaskStatus:
+    """A cancellation that nobody of ours has asked for is an error."""
+    return TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED
+
+
 async def cancel_on_stage(handle: TaskHandle[Any], cancel: Cancel) -> None:
     """Cancel a task that waits on the stage, and return when it has been told."""
     await Stage.reached.wait()
@@ -137,9 +147,7 @@ async def test_cancelled_in_user_code(
     async with working() as tasks:
         handle = await tasks(write_and_wait)
         await cancel_on_stage(handle, cancel)
-        # A cancellation that nobody of ours has asked for is an error.
-        expected = TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED
-        assert await handle.join(timeout=30) == expected
+        assert await handle.join(timeout=30) == status_after(cancel)
         assert connections_in_use(site) == 0
     assert await titles(site) == {}
 
@@ -213,6 +221,7 @@ async def test_cancelled_during_the_commit(
     assert "item" in await titles(site)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("cancel", CANCELS)
 @pytest.mark.parametrize("phase", ["before", "after"])
 async def test_cancelled_in_a_hook_that_does_not_end(
@@ -220,10 +229,8 @@ async def test_cancelled_in_a_hook_that_does_not_end(
     database: Database,
     phase: str,
     cancel: Cancel,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     site = await start_site(database, "a")
-    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
     async with working() as tasks:
         handle = await tasks(write_and_commit, phase)
         await cancel_on_stage(handle, cancel)
@@ -233,7 +240,7 @@ async def test_cancelled_in_a_hook_that_does_not_end(
         assert status == TaskStatus.FINISHED
         assert "item" in await titles(site)
     else:
-        assert status == (TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED)
+        assert status == status_after(cancel)
         assert "item" not in await titles(site)
 
 
@@ -245,12 +252,12 @@ async def write_and_hang_in_the_cache() -> str:
     return "done"
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("cancel", CANCELS)
 async def test_cancelled_when_it_is_stored_and_nobody_says_so(
-    start_site: StartSite, database: Database, cancel: Cancel, monkeypatch: pytest.MonkeyPatch
+    start_site: StartSite, database: Database, cancel: Cancel
 ) -> None:
     site = await start_site(database, "a")
-    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
     async with working() as tasks:
         handle = await tasks(write_and_hang_in_the_cache)
         await cancel_on_stage(handle, cancel)
@@ -273,17 +280,16 @@ async def write_and_heed_nothing() -> None:
     get_transaction().add_before_commit_hook(heed_nothing)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("cancel", CANCELS)
 async def test_cancelled_in_a_hook_that_goes_on_all_the_same(
-    start_site: StartSite, database: Database, cancel: Cancel, monkeypatch: pytest.MonkeyPatch
+    start_site: StartSite, database: Database, cancel: Cancel
 ) -> None:
     site = await start_site(database, "a")
-    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
     async with working() as tasks:
         handle = await tasks(write_and_heed_nothing)
         await cancel_on_stage(handle, cancel)
-        expected = TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED
-        assert await handle.join(timeout=30) == expected
+        assert await handle.join(timeout=30) == status_after(cancel)
         Stage.go_on.set()
         while "gone on" not in notes:
             await asyncio.sleep(0.01)
@@ -346,24 +352,22 @@ async def test_cancelled_while_the_database_writes(
     assert await titles(site) == {"item": "new"}
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("cancel", CANCELS)
 async def test_cancelled_during_a_commit_that_does_not_end(
     start_site: StartSite,
     postgres_server: PostgresServer,
     postgres_database: Database,
     cancel: Cancel,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = postgres_database["dsn"]["dbname"]
     site = await start_site(postgres_database, "a")
     await make_items(site, "item")
-    monkeypatch.setattr(bridge_transaction, "PATIENCE", 0.1)
     async with working() as tasks, locked(postgres_server, name):
         handle = await tasks(set_title, "item", "new")
         await wait_for_locks(postgres_server, name, 1)
         await cancel_on_stage(handle, cancel)
-        expected = TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED
-        assert await handle.join(timeout=30) == expected
+        assert await handle.join(timeout=30) == status_after(cancel)
         assert connections_in_use(site) == 0
     assert await titles(site) == {"item": "0"}
 
@@ -377,8 +381,7 @@ async def test_cancelled_during_a_commit_that_fails(
         handle = await tasks(write_and_commit, "before", "conflict")
         await cancel_on_stage(handle, cancel)
         Stage.go_on.set()
-        expected = TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED
-        assert await handle.join(timeout=30) == expected
+        assert await handle.join(timeout=30) == status_after(cancel)
         assert notes == ["begun"], "it was tried again"
         assert connections_in_use(site) == 0
     assert await titles(site) == {}
@@ -561,8 +564,7 @@ async def test_cancelled_while_it_waits_for_a_connection(
             while not notes:
                 await asyncio.sleep(0.001)
         await cancel_on_stage(handle, cancel)
-        expected = TaskStatus.CANCELED if cancel is as_a_user else TaskStatus.ERRORED
-        assert await handle.join(timeout=10) == expected
+        assert await handle.join(timeout=10) == status_after(cancel)
         Stage.go_on.set()
         await staying.result(timeout=10)
         assert connections_in_use(site) == 0

@@ -19,7 +19,7 @@ from amqp_tasks import (
 from amqp_tasks.core.message import Message
 
 from . import shop
-from .harness import MakeApp, depth, error_messages, publish, until
+from .harness import MakeApp, depth, error_messages, memory, publish, rewire, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_task_is_left_over")]
 
@@ -37,6 +37,11 @@ def app(make_app: MakeApp) -> TaskApp:
 
 async def tell_extra() -> dict[str, Any]:
     return dict(current_attempt().extra)
+
+
+def rewire_to(app: TaskApp, other: TaskApp) -> None:
+    broker, store = memory(other)
+    rewire(app, broker=broker, store=store)
 
 
 def of_others(func: str, **extra: Any) -> Message:
@@ -81,7 +86,7 @@ async def test_a_letter_of_others_is_filtered_when_it_is_replayed(make_app: Make
         await publish(unfiltered, of_others("nobody.serves"))
         await until(lambda: depth(unfiltered, "-error"))
     app = make_app(filter_extra=without_token)
-    app.__dict__["_memory"] = unfiltered._memory
+    rewire_to(app, unfiltered)
     async with app.error_queue() as letters:
         async for letter in letters:
             await letters.replay(letter)
@@ -145,7 +150,7 @@ async def test_a_retry_filters_what_is_in_an_old_state(make_app: MakeApp) -> Non
         handle = await fail()
         await handle.join(timeout=10)
     app = make_app(filter_extra=without_token)
-    app.__dict__["_memory"] = unfiltered._memory
+    rewire_to(app, unfiltered)
     async with app.connect():
         assert await app.handle(handle.task_id).retry()
         assert "s3cret" not in str(await app.handle(handle.task_id).state())
