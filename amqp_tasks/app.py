@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Generator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cached_property, partial
 from inspect import signature
@@ -36,7 +28,7 @@ from .client.errors import ErrorQueue, open_error_queue
 from .client.state import state_from
 from .core.checks import check_count
 from .core.lifecycle import TaskStatus
-from .core.message import check_task_id
+from .core.message import FilterExtra, check_task_id
 from .core.retry import RetryPolicy
 from .core.topology import Topology
 from .drivers.memory import MemoryBroker, MemoryStore
@@ -95,7 +87,7 @@ class TaskApp:
         clock: Callable[[], float] = time.time,
         find: Callable[[str], Callable[..., Any] | None] | None = None,
         middleware: Sequence[Middleware] = (),
-        filter_extra: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        filter_extra: FilterExtra | None = None,
         **settings: Any,
     ) -> None:
         self.tasks = TaskRegistry(find)

@@ -10,7 +10,7 @@ from anyio.abc import TaskStatus as StartReport
 
 from ..core.lifecycle import TaskStatus
 from ..core.message import FilterExtra, Message
-from ..core.operations import LogEntry
+from ..core.operations import LogEntry, ReadEvents
 from ..core.outcome import CancelReason
 from ..core.record import TaskRecord
 from ..runtime.batching import StateClient
@@ -41,11 +41,8 @@ class Client:
     async def read(self, task_id: str) -> TaskRecord:
         return await self._io.call(self._producer.read, task_id)
 
-    async def events(self, task_id: str, after: str | None, limit: int) -> Sequence[LogEntry]:
-        return await self._io.call(self._producer.events, task_id, after, limit)
-
-    async def latest_events(self, task_id: str, limit: int) -> Sequence[LogEntry]:
-        return await self._io.call(self._producer.latest_events, task_id, limit)
+    async def events(self, question: ReadEvents) -> Sequence[LogEntry]:
+        return await self._io.call(self._producer.events, question)
 
     async def cancel(self, task_id: str, reason: CancelReason = CancelReason.USER) -> bool:
         return await self._io.call(self._producer.cancel, task_id, reason)

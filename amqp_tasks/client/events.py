@@ -9,6 +9,7 @@ from typing import Any, Final
 import anyio
 from pydantic_core import from_json
 
+from ..core.operations import ReadEvents
 from .client import Client
 
 __all__ = ["TaskEvent", "TaskEvents"]
@@ -67,6 +68,7 @@ class TaskEvents:
         return self._read.popleft()
 
     async def _read_on(self) -> None:
-        for entry in await self._client.events(self._task_id, self._after, PAGE):
+        page = ReadEvents(task_id=self._task_id, after=self._after, limit=PAGE)
+        for entry in await self._client.events(page):
             self._after = entry.position
             self._read.append(TaskEvent(position=entry.position, **from_json(entry.data)))

@@ -11,6 +11,7 @@ from pydantic_core import from_json
 
 from ..core.checks import check_count, check_seconds
 from ..core.lifecycle import TaskStatus
+from ..core.operations import ReadEvents
 from ..core.record import TaskRecord
 from ..exceptions import AmqpTasksError, DecodeError, RemoteTaskError, ResultTimeout, TaskCanceled
 from ..runtime.attempt import attempt_or_none
@@ -133,7 +134,8 @@ class TaskHandle(Generic[R_co]):
         check_count(log_entries, "log_entries")
         client = self._client()
         record = await client.read(self.task_id)
-        events = await client.latest_events(self.task_id, log_entries)
+        latest = ReadEvents(task_id=self.task_id, limit=log_entries, newest=True)
+        events = await client.events(latest)
         return state_from(record, events, lambda text: self._decoded(record, text))
 
     async def cancel(self) -> bool:

@@ -12,7 +12,7 @@ from uuid import uuid4
 import anyio
 
 from ..core.checks import check_instant, check_seconds
-from ..core.message import FilterExtra, Message, check_task_id, filtered
+from ..core.message import FilterExtra, Message, check_members, check_task_id, filtered
 from ..exceptions import ArgumentsError
 from ..registry import TaskDefinition
 
@@ -86,9 +86,7 @@ class CallOptions:
 
     def _extra(self) -> Mapping[str, Any]:
         extra = {} if self.extra is None else self.extra
-        if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
-            raise ArgumentsError(f"extra={extra!r:.200}: must be a mapping with texts as keys")
-        return extra
+        return check_members(extra, f"extra={extra!r:.200}")
 
     def _deadline(self, now: float) -> float | None:
         deadline = check_instant(self.deadline, "deadline")

@@ -38,6 +38,7 @@ __all__ = [
     "UNREADABLE",
     "FilterExtra",
     "Message",
+    "check_members",
     "check_task_id",
     "clean",
     "decode",
@@ -226,11 +227,21 @@ def filtered(extra: Mapping[str, Any], filter_extra: FilterExtra | None) -> Mapp
     if filter_extra is None:
         return extra
     kept: Any = filter_extra(extra)
-    if not isinstance(kept, Mapping) or not all(isinstance(key, str) for key in kept):
-        raise ArgumentsError(
-            f"filter_extra has returned {kept!r:.200}: must be a mapping with texts as keys"
-        )
-    return kept
+    return check_members(kept, f"filter_extra has returned {kept!r:.200}")
+
+
+def check_members(value: Any, what: str) -> Mapping[str, Any]:
+    """Return `value` if it can be the members beside a call.
+
+    Args:
+        what: it is, to begin the error with.
+
+    Raises:
+        ArgumentsError: it cannot.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ArgumentsError(f"{what}: must be a mapping with texts as keys")
+    return value
 
 
 def _filtered(message: Message, filter_extra: FilterExtra) -> Message:

@@ -175,13 +175,9 @@ class Producer:
         """
         return _known(task_id, await self._state.ask(Read(task_id=task_id)))
 
-    async def events(self, task_id: str, after: str | None, limit: int) -> Sequence[LogEntry]:
+    async def events(self, question: ReadEvents) -> Sequence[LogEntry]:
         """Return entries of a task's event log."""
-        return await self._state.ask(ReadEvents(task_id=task_id, after=after, limit=limit))
-
-    async def latest_events(self, task_id: str, limit: int) -> Sequence[LogEntry]:
-        """Return the newest entries of a task's event log, in their order."""
-        return await self._state.ask(ReadEvents(task_id=task_id, limit=limit, newest=True))
+        return await self._state.ask(question)
 
     async def cancel(self, task_id: str, reason: CancelReason) -> bool:
         """Cancel a task, or ask its worker to; False if it has ended.

@@ -142,8 +142,13 @@ class Commands:
             *(b"status", _SCHEDULED, b"attempt", b"1", b"fence", b"0"),
             *(b"name", to_bytes(op.name), b"job", to_bytes(op.job)),
             *(b"created_at", now, b"updated_at", now, b"owed", Owed.PUBLISH.encode()),
-            *_fields(nonce=op.nonce, due=op.due, parent=op.parent),
-            *_fields(deadline=op.deadline, timeout=op.timeout),
+            *_fields(
+                nonce=op.nonce,
+                due=op.due,
+                deadline=op.deadline,
+                timeout=op.timeout,
+                parent=op.parent,
+            ),
         )
 
     def _reopen(self, op: Reopen) -> bytes:
